@@ -1,0 +1,1199 @@
+"""ldm.py: unconditional latent diffusion from scratch, in one readable file.
+
+A diffusion model that works on pixels spends most of its compute on details nobody sees. Latent
+diffusion (Rombach et al. 2022, arXiv 2112.10752) splits the work in two:
+
+  stage 1  an autoencoder learns to turn an image x into a small latent z, and back    (train-ae)
+  stage 2  a diffusion model learns to make new z out of noise; decoding them gives x  (train-ldm)
+
+  python ldm.py demo                      # both stages on cartoon faces; a laptop will do
+  python ldm.py train-ae  --data celebhq  # stage 1: VQVAE (or --ae kl) + LPIPS + PatchGAN
+  python ldm.py train-ldm --data celebhq  # stage 2: UNet on the latents
+  python ldm.py sample                    # new images from the newest run
+  python ldm.py eval                      # PSNR, LPIPS, codebook usage, Frechet distance
+
+Letters, the same in papers, code and tests:
+  B batch   C image channels   H W image height, width   D latent channels   h w latent size
+  K codebook size   T diffusion steps   x image in [-1, 1]   z latent   eps Gaussian noise
+  z_e, z_q latent before, after quantising   z0 clean, z_t noisy latent   t step, 0 .. T-1
+The table of contents: grep "^# ----" ldm.py
+"""
+import argparse, copy, csv, hashlib, importlib.util, itertools, math, os, signal, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torch import nn
+from torchvision import datasets, models
+from torchvision.transforms import functional as TF
+from torchvision.utils import make_grid
+
+# ---- 1. Settings: every default, its range and its help ----------------------------------------
+# A dataclass per subcommand; the command line is made from its fields. The defaults are the
+# recipe for 256x256 photos (celebhq, or your own folder); PRESETS holds what other data changes.
+class UserError(Exception):
+    """A mistake that the user can repair: main() prints its sentence and exits with code 2."""
+
+def flag(default, help, choices=None, lo=None, hi=math.inf):
+    return field(default=default, metadata=dict(help=help, choices=choices, lo=lo, hi=hi))
+
+@dataclass
+class RunConfig:
+    data: str = flag("toyfaces", "toyfaces, mnist, celebhq, or the path of a folder of images")
+    data_root: str = flag("data", "folder that holds the data sets and the image cache")
+    out: str = flag("", "run folder; empty: runs/<data>")
+    seed: int = flag(0, "seed of weights, batches and noise", lo=0)
+    device: str = flag("auto", "auto: cuda, else mps, else cpu", ("auto", "cuda", "mps", "cpu"))
+    amp: str = flag("auto", "auto: with CUDA bf16, or fp16", ("auto", "bf16", "fp16", "off"))
+
+@dataclass
+class TrainConfig(RunConfig):
+    batch: int = flag(16, "images at once on the device", lo=1)
+    steps: int = flag(16000, "optimiser steps in all, also when the run is continued", lo=1)
+    accum: int = flag(1, "batches whose gradients are averaged per optimiser step", lo=1)
+    lr: float = flag(3e-4, "learning rate of Adam", lo=1e-12)
+    warmup: int = flag(500, "steps over which the learning rate rises from 0", lo=0)
+    flip: bool = flag(True, "also train on mirrored images")
+    layers: int = flag(2, "ResNet layers per block", lo=1)
+    compile: bool = flag(None, "torch.compile the networks; None: with CUDA")
+    log_every: int = flag(100, "steps between log lines", lo=1)
+    save_every: int = flag(1000, "steps between checkpoints, each with a picture", lo=1)
+
+@dataclass
+class AEConfig(TrainConfig):
+    ae: str = flag("vq", "autoencoder: vq = VQVAE, kl = VAE", ("vq", "kl"))
+    size: int = flag(256, "image side in pixels", lo=8)
+    channels: int = flag(3, "image channels: 3 colour, 1 grey", (1, 3))
+    widths: tuple = flag((64, 64, 128, 256), "channels from image to latent, halving in between")
+    z_channels: int = flag(4, "latent channels", lo=1)
+    codebook_size: int = flag(8192, "vectors in the codebook (vq)", lo=2)
+    recon: str = flag("l1", "reconstruction loss, the mean over all values", ("l1", "l2"))
+    recon_weight: float = flag(1.0, "weight of the reconstruction loss", lo=0)
+    codebook_weight: float = flag(1.0, "weight of the codebook loss (vq)", lo=0)
+    commit_weight: float = flag(0.25, "weight of the commitment loss (vq)", lo=0)
+    kl_weight: float = flag(1e-6, "weight of the KL divergence per image value (kl)", lo=0)
+    perceptual_weight: float = flag(1.0, "weight of LPIPS; 0: off, needs no VGG16", lo=0)
+    gan_weight: float = flag(0.1, "weight of the adversarial loss; 0: off", lo=0)
+    gan: str = flag("hinge", "adversarial loss", ("bce", "lsgan", "hinge"))
+    disc_start: int = flag(4000, "step from which the adversarial loss trains", lo=0)
+
+@dataclass
+class LDMConfig(TrainConfig):
+    batch: int = flag(128, "latents at once on the device", lo=1)
+    steps: int = flag(14000, "optimiser steps in all, also when the run is continued", lo=1)
+    lr: float = flag(2e-4, "learning rate of Adam", lo=1e-12)
+    space: str = flag("latent", "diffuse latents, or pixels as in DDPM", ("latent", "pixel"))
+    size: int = flag(0, "image side in pixels; 0: the autoencoder's or the data set's", lo=0)
+    widths: tuple = flag((192, 256, 384, 512), "UNet channels; a block between two neighbours")
+    downs: int = flag(3, "how many of the blocks halve the resolution", lo=0)
+    target: str = flag("v", "what the UNet predicts", ("eps", "v"))
+    schedule: str = flag("linear", "noise: linear in sqrt(beta), or cosine", ("linear", "cosine"))
+    ema: float = flag(0.9999, "decay of the weight average, which is what samples", lo=0, hi=1)
+
+@dataclass
+class SampleConfig(RunConfig):
+    data: str = flag("", "data set whose run is taken; empty: the newest run under runs/")
+    data_root: str = flag("", "folder that holds the data sets; empty: as in training")
+    n: int = flag(0, "images; 0: 16 for sample, 2000 for eval", lo=0)
+    batch: int = flag(64, "images at once on the device", lo=1)
+    sampler: str = flag("dpm", "ancestral DDPM, DDIM, DPM-Solver++(2M)", ("ddpm", "ddim", "dpm"))
+    steps: int = flag(30, "denoising steps", lo=1, hi=1000)
+    save_images: bool = flag(False, "also write each image as a PNG")
+    progress: bool = flag(False, "also write the denoising as a strip and a GIF")
+
+PRESETS = {  # (data set, command): what differs from the defaults above
+    ("toyfaces", AEConfig): dict(
+        size=32, steps=2500, lr=2e-3, warmup=50, layers=1, widths=(16, 32, 32), z_channels=3,
+        codebook_size=512, perceptual_weight=0.0, gan_weight=0.0, log_every=50, save_every=500),
+    ("toyfaces", LDMConfig): dict(batch=64, steps=1500, lr=1e-3, warmup=100, layers=1,
+                                  widths=(48, 64, 96), downs=1, log_every=50, save_every=500),
+    ("mnist", AEConfig): dict(
+        size=28, channels=1, flip=False, batch=128, steps=3000, lr=1e-3, warmup=100, z_channels=3,
+        widths=(32, 64, 64), codebook_size=256, perceptual_weight=0.0, gan_weight=0.0),
+    ("mnist", LDMConfig): dict(flip=False, batch=256, steps=6000, lr=5e-4, warmup=200,
+                               widths=(128, 128, 256), downs=0)}
+
+def defaults(cls, data):
+    """The settings of a command for a data set, {name: value}."""
+    return {f.name: f.default for f in fields(cls)} | PRESETS.get((data, cls), {})
+
+def require(fine, name, value, rule):
+    """The one way to refuse a setting: UserError naming the flag, the value and the rule."""
+    if not fine:
+        raise UserError(f"--{name.replace('_', '-')} {value}: {rule}")
+
+def resolve(cls, given):
+    """Defaults, then the data set's preset, then what the user gave, checked. Raises UserError."""
+    cfg = cls(**defaults(cls, given.get("data", cls.data)) | given)
+    cfg.out = cfg.out or (cfg.data and str(Path("runs", Path(cfg.data).resolve().name)))
+    for f in fields(cls):
+        value, lo, hi = getattr(cfg, f.name), f.metadata["lo"], f.metadata["hi"]
+        require(lo is None or lo <= value <= hi and value < math.inf, f.name, value,
+                f"must be {lo} or more" + f" and at most {hi}" * (hi < math.inf))
+    if issubclass(cls, TrainConfig):
+        cfg.widths, halvings = tuple(cfg.widths), len(cfg.widths) - 1
+        require(halvings > 0 and all(c > 0 and c % 4 == 0 for c in cfg.widths), "widths",
+                cfg.widths, "give two or more multiples of 4, the number of attention heads")
+    if cls is LDMConfig:
+        require(cfg.downs <= halvings, "downs", cfg.downs, f"--widths gives only {halvings} blocks")
+    if cls is AEConfig:
+        unit = max(8, 2 ** halvings)
+        require(cfg.size % 2 ** halvings == 0, "size", cfg.size, f"--widths halves it {halvings} "
+                f"times, so give a multiple of {unit}, like {max(1, cfg.size // unit) * unit}")
+        require(cfg.disc_start < cfg.steps or "disc_start" not in given, "disc_start",
+                cfg.disc_start, f"is past --steps {cfg.steps}; --gan-weight 0 trains without")
+    return cfg
+
+def pick_device(cfg):
+    """The device and the autocast dtype (None: plain float32). Raises UserError."""
+    here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    name = cfg.device if cfg.device != "auto" else next(d for d in here if here[d])
+    require(here[name], "device", name, "this machine or this PyTorch has none; try --device auto")
+    if (amp := cfg.amp) == "auto" and name == "cuda":  # a T4 (7.5) merely emulates bf16, and slowly
+        amp = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    require(amp != "fp16" or name != "cpu", "amp", amp, "needs a GPU; on a CPU use --amp off")
+    return torch.device(name), {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+# ---- 2. Data: everything becomes one uint8 tensor (N, C, H, W) ----------------------------------
+# Decoded once, cropped to a square, cached; a part is held out from training for `eval`.
+CELEBHQ = ("celebhq", "celeba_hq", "celeba-hq", "CelebA-HQ", "CelebAMask-HQ/CelebA-HQ-img",
+           "celeba_hq_256", "celebahq-resized-256x256", "celebahq", "CelebA-HQ-img", "data256x256")
+BACK = (150, 205, 240), (250, 214, 150), (186, 230, 180), (240, 180, 190), (206, 190, 240)
+SKIN = (255, 224, 196), (240, 200, 160), (214, 160, 118), (160, 108, 72), (110, 72, 48)
+HAIR = (30, 26, 24), (104, 62, 32), (232, 196, 92), (190, 74, 36), (168, 168, 172), (84, 92, 200)
+IRIS = (60, 110, 190), (70, 140, 80), (100, 64, 36)
+
+def toyfaces(indices, size=32):
+    """Cartoon faces (len(indices), 3, size, size), uint8. Index i is always the same face.
+    Background, skin, hair (6 colours, short or long), eyes, mouth, shirt and head shape vary."""
+    u = torch.stack([torch.rand(16, generator=torch.Generator().manual_seed(i)) for i in indices])
+    y, x = torch.meshgrid(*[(torch.arange(size) + 0.5) * 2 / size - 1] * 2, indexing="ij")
+    colour = lambda k, table: torch.tensor(table).float()[(u[:, k] * len(table)).long()]   # (N, 3)
+    between = lambda k, lo, hi: (lo + (hi - lo) * u[:, k])[:, None, None]               # (N, 1, 1)
+    ellipse = lambda cx, cy, rx, ry: ((((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2).sqrt() - 1) * ry
+    skin, hair, iris = colour(1, SKIN), colour(2, HAIR), colour(3, IRIS)
+    cx, cy = between(4, -0.08, 0.08), between(5, 0.02, 0.12)
+    rx, ry = between(6, 0.48, 0.60), between(7, 0.60, 0.70)
+    img = colour(0, BACK)[:, :, None, None].expand(-1, -1, size, size)               # (N, 3, S, S)
+    def paint(distance, colour):  # signed distance: below 0 is inside; the rim is antialiased
+        nonlocal img
+        cover = (0.5 - distance * size / 2).clamp(0, 1).reshape(-1, 1, size, size)
+        img = img + cover * (torch.as_tensor(colour).float().reshape(-1, 3, 1, 1) - img)
+    paint(ellipse(cx, cy + 0.15, rx + 0.22, ry + 0.25) + (u[:, 8, None, None] < 0.5), hair)  # long?
+    paint(ellipse(0, 1.25, 0.85, 0.5), 200 * u[:, 9:12])                                # shirt
+    paint(ellipse(cx, cy, rx, ry), skin)
+    fringe = y - cy + between(12, 0.22, 0.36) + 0.35 * (x - cx) ** 2
+    paint(torch.maximum(ellipse(cx, cy, rx + 0.07, ry + 0.1), fringe), hair)
+    gap, eye, mood = between(13, 0.20, 0.26), between(14, 0.10, 0.13), between(15, 0, 4).long()
+    for side, (scale, shade) in itertools.product(
+            (-gap, gap), ((1, (255, 255, 255)), (0.6, iris), (0.3, (25, 20, 20)))):
+        paint(ellipse(cx + side, cy, eye * scale, eye * scale * 0.8), shade)
+    paint(ellipse(cx, cy + 0.2, 0.06, 0.08), skin * 0.8)                                # nose
+    bend = 1.6 * (1 - mood.clamp(max=2))                        # 0: smile, 1: straight, 2: sad
+    lips = (y - cy - 0.38 - bend * (0.02 - (x - cx) ** 2)).abs() - 0.035
+    lips = torch.maximum(lips, (x - cx).abs() - 0.22)
+    paint(torch.where(mood == 3, ellipse(cx, cy + 0.38, 0.13, 0.11), lips), (150, 40, 50))
+    return img.round().to(torch.uint8)
+
+def decode_image(path, size, channels):
+    """Any picture PIL reads -> uint8 array (channels, size, size): the centre square, upright.
+    Transparency goes over white, 16 bits become 8. Raises what PIL raises on a broken file."""
+    with Image.open(path) as img:
+        img.draft(None, (size, size))  # JPEG only: shrinks by 2, 4 or 8 while decoding
+        img = ImageOps.exif_transpose(img)
+        if img.mode.startswith("I"):
+            img = Image.fromarray((np.asarray(img).clip(0, 65535) // 256).astype(np.uint8))
+        if "transparency" in img.info or img.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+            white = Image.new("RGBA", img.size, "white")
+            img = Image.alpha_composite(white, img.convert("RGBA"))
+        img = img.convert("L" if channels == 1 else "RGB")
+        img = ImageOps.fit(img, (size, size), Image.Resampling.LANCZOS)
+        return np.array(img).reshape(size, size, channels).transpose(2, 0, 1)
+
+def load_folder(folder, size, channels, cache_folder):
+    """Decodes a folder once into a file of raw bytes and maps it: uint8 (N, channels, size, size).
+    Searched recursively, shuffled always in the same way. A changed folder gets a new cache.
+    Unreadable pictures are named, skipped, counted. Raises UserError if there is none to read."""
+    require(folder.is_dir(), "data", folder, "neither toyfaces, mnist or celebhq nor a folder")
+    known = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = [Path(d, f) for d, _, names in os.walk(folder) for f in names if f[0] != "."]
+    paths = sorted(f for f in files if f.suffix.lower() in known)
+    require(paths, "data", folder, f"no images among {len(files)} files in and below it")
+    stamp = [(str(p), os.lstat(p).st_size, os.lstat(p).st_mtime_ns) for p in paths]
+    cache = cache_folder / f"{folder.resolve().name}-{fingerprint(size, channels, stamp)}.u8"
+    def decode(path):
+        try:
+            return decode_image(path, size, channels).tobytes()
+        except Exception as error:  # PIL raises a dozen kinds
+            print(f"skipped, unreadable: {str(path)!r} ({error})")
+            return b""
+    if not cache.exists():
+        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))
+        with new_file(cache) as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+            line, bad = ProgressLine(), 0  # threads do: PIL frees the interpreter lock
+            for i, data in enumerate(pool.map(decode, [paths[k] for k in order]), 1):
+                bad += file.write(data) == 0
+                line.show(f"decoding {i}/{len(paths)} images, {bad} unreadable", i == len(paths))
+            require(bad < len(paths), "data", folder, f"none of its {bad} images is readable")
+    shape = -1, channels, size, size
+    return torch.from_file(str(cache), size=cache.stat().st_size, dtype=torch.uint8).view(shape)
+
+def load_images(data, data_root, size, channels):
+    """(training images, held-out images), each uint8 (N, channels, size, size). Raises UserError.
+    Held out: MNIST's test set, toy faces of their own, a tenth of a folder but at most 1000."""
+    root, folder = Path(data_root), Path(data)
+    if data == "toyfaces":
+        faces = torch.cat([toyfaces(range(i, i + 1024), size) for i in range(0, 9216, 1024)])
+        return (faces if channels == 3 else TF.rgb_to_grayscale(faces)).split((8192, 1024))
+    if data == "mnist":
+        try:
+            digits = [datasets.MNIST(root, train, download=True).data for train in (True, False)]
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"--data mnist: no download ({error}); put its four .gz files into "
+                            f"{Path(root, 'MNIST', 'raw').resolve()}") from error
+        return [TF.resize(d[:, None], [size, size]).expand(-1, channels, -1, -1) for d in digits]
+    if data == "celebhq":
+        folder = next((root / name for name in CELEBHQ if (root / name).is_dir()), None)
+        require(folder, "data", data, f"{root.resolve()} holds none of {', '.join(CELEBHQ)}: unpack"
+                " CelebAMask-HQ or Kaggle's CelebA-HQ 256x256 there, or name it with --data")
+    images = load_folder(folder, size, channels, root / "cache")
+    require(len(images) > 1, "data", data, "one image is not enough to train on and to hold out")
+    held = min(1000, -(-len(images) // 10))
+    return images[:-held], images[-held:]
+
+def batch_indices(n, batch, seed, skip=0):
+    """Endless index tensors (batch,) of shuffled epochs in a row, without the first `skip`."""
+    g, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
+    for k in itertools.count():
+        while len(order) < batch:
+            order = torch.cat([order, torch.randperm(n, generator=g)])
+        if k >= skip:
+            yield order[:batch]
+        order = order[batch:]
+
+def to_float(images, device):
+    """uint8 (B, C, H, W) -> float in [-1, 1] on the device, without waiting for it."""
+    if device.type == "cuda":
+        images = images.contiguous().pin_memory()  # only pinned memory is copied in the background
+    x = images.to(device, non_blocking=True).float() / 127.5 - 1
+    return x.contiguous(memory_format=torch.channels_last)  # the layout that tensor cores want
+
+# ---- 3. Blocks: one set for the encoder, the decoder and the UNet -------------------------------
+# ResNet block and attention as in DDPM (Ho et al. 2020, arXiv 2006.11239, appendix B). Time
+# embedding, attention, skip and resampling are each switched by an argument.
+def group_norm(c):
+    return nn.GroupNorm(math.gcd(32, c), c)
+
+def norm_silu_conv(c_in, c_out):
+    return nn.Sequential(group_norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+
+class TimeEmbedding(nn.Module):
+    """Steps t (B,) -> (B, t_dim): sinusoids of geometric wavelengths, then an MLP."""
+    def __init__(self, dim, t_dim):
+        super().__init__()
+        freqs = 10000 ** (-torch.arange(dim // 2) / (dim // 2))
+        self.register_buffer("freqs", freqs, persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(dim // 2 * 2, t_dim), nn.SiLU(), nn.Linear(t_dim, t_dim))
+    def forward(self, t):
+        angles = t[:, None].float() * self.freqs                                # (B, dim / 2)
+        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=1))         # (B, t_dim)
+
+class ResBlock(nn.Module):
+    """(B, c_in, H, W) -> (B, c_out, H, W): two convolutions and a way around them."""
+    def __init__(self, c_in, c_out, t_dim=None):
+        super().__init__()
+        self.conv1, self.conv2 = norm_silu_conv(c_in, c_out), norm_silu_conv(c_out, c_out)
+        self.time = nn.Sequential(nn.SiLU(), nn.Linear(t_dim, c_out)) if t_dim else None
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        nn.init.zeros_(self.conv2[-1].weight)  # starts near the identity, which trains at once
+    def forward(self, x, t_emb=None):
+        h = self.conv1(x)
+        if self.time is not None:
+            h = h + self.time(t_emb)[:, :, None, None]
+        return self.skip(x) + self.conv2(h)
+
+class Attention(nn.Module):
+    """(B, c, h, w) -> the same shape: every position looks at every other one; residual."""
+    def __init__(self, c, heads):
+        super().__init__()
+        self.heads, self.norm = heads, group_norm(c)
+        self.qkv, self.proj = nn.Linear(c, 3 * c), nn.Linear(c, c)
+        nn.init.zeros_(self.proj.weight)
+    def forward(self, x):
+        B, c, h, w = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)                        # (B, h*w, c)
+        q, k, v = (self.qkv(tokens).view(B, h * w, 3, self.heads, c // self.heads)
+                   .permute(2, 0, 3, 1, 4))                                     # (B, heads, h*w, d)
+        out = F.scaled_dot_product_attention(q, k, v)  # fused: no (h*w, h*w) matrix in memory
+        out = self.proj(out.transpose(1, 2).reshape(B, h * w, c))
+        return x + out.transpose(1, 2).view(B, c, h, w)
+
+class Layers(nn.Module):
+    """`n` ResBlocks, each followed by attention if heads > 0; the first one changes the width."""
+    def __init__(self, c_in, c_out, n, t_dim, heads):
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(c_out if i else c_in, c_out, t_dim) for i in range(n))
+        self.attn = nn.ModuleList(Attention(c_out, heads) if heads else nn.Identity()
+                                  for _ in range(n))
+    def forward(self, x, t_emb):
+        for res, attn in zip(self.res, self.attn):
+            x = attn(res(x, t_emb))
+        return x
+
+class DownBlock(nn.Module):
+    """(B, c_in, H, W) -> (B, c_out, H/2, W/2), or with down=False (B, c_out, H, W)."""
+    def __init__(self, c_in, c_out, layers, t_dim=None, heads=0, down=True):
+        super().__init__()
+        self.layers = Layers(c_in, c_out, layers, t_dim, heads)
+        self.down = nn.Conv2d(c_out, c_out, 3, stride=2, padding=1) if down else nn.Identity()
+    def forward(self, x, t_emb=None):
+        return self.down(self.layers(x, t_emb))
+
+class MidBlock(nn.Module):
+    """(B, c_in, h, w) -> (B, c_out, h, w): ResBlock, then `layers` times attention + ResBlock."""
+    def __init__(self, c_in, c_out, layers, t_dim=None, heads=4):
+        super().__init__()
+        self.layers = Layers(c_in, c_out, layers, t_dim, heads)  # the attention comes in between
+        self.last = ResBlock(c_out, c_out, t_dim)
+    def forward(self, x, t_emb=None):
+        return self.last(self.layers(x, t_emb), t_emb)
+
+class UpBlock(nn.Module):
+    """(B, c_in, h, w) -> (B, c_out, 2h, 2w), or with up=False (B, c_out, h, w).
+    After upsampling, a skip (B, c_skip, 2h, 2w) is concatenated where there is one."""
+    def __init__(self, c_in, c_out, layers, t_dim=None, heads=0, up=True, c_skip=0):
+        super().__init__()  # nearest + conv: transposed convolutions leave checkerboards
+        self.up = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c_in, c_in, 3, padding=1)
+                                ) if up else nn.Identity()
+        self.layers = Layers(c_in + c_skip, c_out, layers, t_dim, heads)
+    def forward(self, x, t_emb=None, skip=None):
+        x = self.up(x)
+        return self.layers(x if skip is None else torch.cat([x, skip], dim=1), t_emb)
+
+# ---- 4. Autoencoders: VQVAE and VAE differ only in what happens to the latent --------------------
+# Unbounded latents would be hard to model in stage 2. The VQVAE (van den Oord et al. 2017, arXiv
+# 1711.00937) ties them to a codebook, the VAE (Kingma & Welling 2013, 1312.6114) to a Gaussian.
+def build_encoder(channels, widths, layers, c_out):
+    """Network: image (B, C, H, W) -> (B, c_out, h, w) with h = H / 2 ** (len(widths) - 1)."""
+    c = widths[-1]
+    return nn.Sequential(
+        nn.Conv2d(channels, widths[0], 3, padding=1),
+        *[DownBlock(a, b, layers) for a, b in zip(widths, widths[1:])],
+        MidBlock(c, c, layers), norm_silu_conv(c, c_out), nn.Conv2d(c_out, c_out, 1))
+
+def build_decoder(channels, widths, layers, z_channels):
+    """Network: latent (B, D, h, w) -> image (B, C, H, W), the encoder mirrored."""
+    c, mirrored = widths[-1], widths[::-1]
+    return nn.Sequential(
+        nn.Conv2d(z_channels, z_channels, 1), nn.Conv2d(z_channels, c, 3, padding=1),
+        MidBlock(c, c, layers), *[UpBlock(a, b, layers) for a, b in zip(mirrored, mirrored[1:])],
+        norm_silu_conv(widths[0], channels))
+
+class VQVAE(nn.Module):
+    """Autoencoder that replaces each latent vector by the nearest of K codebook vectors.
+    Call restart_codes(z_e) before the first step and every hundred steps."""
+    def __init__(self, channels=3, widths=(64, 64, 128, 256), layers=2, z_channels=4,
+                 codebook_size=8192):
+        super().__init__()
+        self.encoder = build_encoder(channels, widths, layers, z_channels)
+        self.decoder = build_decoder(channels, widths, layers, z_channels)
+        self.codebook = nn.Parameter(torch.randn(codebook_size, z_channels))
+        self.register_buffer("usage", torch.zeros(codebook_size))  # picks since the last restart
+    def quantise(self, z_e):
+        """z_e (B, D, h, w) -> z_q (B, D, h, w), nearest codes (Eq. 1), and indices (B, h, w)."""
+        with torch.autocast(z_e.device.type, enabled=False):  # in bf16 one in four would be wrong
+            z = z_e.detach().float().movedim(1, -1)                             # (B, h, w, D)
+            with torch.no_grad():  # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 does not matter
+                norms = self.codebook.square().sum(1)                           # (K,)
+                dist = torch.addmm(norms, z.flatten(0, -2), self.codebook.T, alpha=-2)
+                indices = dist.argmin(1).view(z.shape[:-1])                     # from (B*h*w, K)
+            return F.embedding(indices, self.codebook).movedim(-1, 1), indices
+    def forward(self, x):
+        """x (B, C, H, W) in [-1, 1] -> reconstruction, {name: loss term}. Eq. 3:
+        codebook = |sg[z_e] - e|^2 pulls the codes, commit = |z_e - sg[e]|^2 pulls the encoder."""
+        z_e = self.encode(x)
+        z_q, indices = self.quantise(z_e)
+        if self.training:
+            picks = indices.flatten()
+            self.usage.scatter_add_(0, picks, torch.ones_like(picks, dtype=torch.float32))
+        z_st = z_e + (z_q - z_e).detach()  # straight-through: value of z_q, gradient as from z_e
+        return self.decoder(z_st).float(), {"codebook": F.mse_loss(z_q, z_e.detach()),
+                                    "commit": F.mse_loss(z_e, z_q.detach())}
+    def encode(self, x):
+        """The continuous z_e (B, D, h, w), which is what stage 2 models."""
+        return self.encoder(x).float()
+    def decode(self, z):
+        """Quantises first: small errors of stage 2 are gone after it."""
+        return self.decoder(self.quantise(z)[0]).float()
+    @torch.no_grad()
+    def restart_codes(self, z_e):
+        """Moves the codes that nothing picked since the last call onto random outputs of the
+        encoder, where they will be picked; the first call moves all."""
+        z = z_e.float().movedim(1, -1).flatten(0, -2)                           # (B*h*w, D)
+        new = z[torch.randint(len(z), (len(self.codebook),), device=z.device)]
+        new += 0.01 * z.std() * torch.randn_like(new)  # no two alike
+        self.codebook.copy_(torch.where((self.usage == 0)[:, None], new, self.codebook))
+        self.usage.zero_()
+
+class VAE(nn.Module):
+    """Autoencoder whose latent values are Gaussians, held near N(0, 1) by a KL term."""
+    def __init__(self, channels=3, widths=(64, 64, 128, 256), layers=2, z_channels=4):
+        super().__init__()
+        self.encoder = build_encoder(channels, widths, layers, 2 * z_channels)
+        self.decoder = build_decoder(channels, widths, layers, z_channels)
+    def forward(self, x):
+        """x (B, C, H, W) in [-1, 1] -> reconstruction, {"kl": KL(q(z | x) || N(0, 1))}.
+        Appendix B: KL = -1/2 sum(1 + logvar - mean^2 - exp(logvar)); here per image value, the
+        unit of the reconstruction loss."""
+        mean, logvar = self.encoder(x).float().chunk(2, dim=1)                  # each (B, D, h, w)
+        logvar = logvar.clamp(-30, 20)  # exp stays finite
+        z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)  # reparameterised
+        kl = -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum() / x.numel()
+        return self.decoder(z).float(), {"kl": kl}
+    def encode(self, x):
+        """The mean of q(z | x), (B, D, h, w): at the usual KL weight its spread is tiny."""
+        return self.encoder(x).float().chunk(2, dim=1)[0]
+    def decode(self, z):
+        return self.decoder(z).float()
+
+def build_autoencoder(config, weights=None):
+    """VQVAE or VAE from an AEConfig as a dict; with weights: frozen."""
+    shape = [config[k] for k in ("channels", "widths", "layers", "z_channels")]
+    ae = VQVAE(*shape, config["codebook_size"]) if config["ae"] == "vq" else VAE(*shape)
+    ae.config = config
+    if weights is not None:
+        ae.load_state_dict(weights)
+        ae.eval().requires_grad_(False)
+    return ae
+
+# ---- 5. LPIPS: how different two images look (Zhang et al. 2018, arXiv 1801.03924) ---------------
+# The smallest mean pixel error is that of a blur, the average of all likely details. A distance
+# of features of an image classifier punishes blur, so the decoder has to decide.
+def vgg16_weights():
+    """The `features.*` weights of torchvision's ImageNet VGG16, from torch.hub's cache or its URL.
+    Raises UserError where there is neither."""
+    url = models.VGG16_Weights.IMAGENET1K_V1.url
+    try:
+        state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
+                                                   weights_only=True)
+        return {k: v.float() for k, v in state.items() if k.startswith("features.")}
+    except Exception as error:
+        place = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+        raise UserError(f"LPIPS needs VGG16's weights ({error}): go online once, or bring them as "
+                        f"{place}, or use --perceptual-weight 0") from error
+
+class LPIPS(nn.Module):
+    """Distance of two images as people see it: the `lpips` package with net="vgg", v0.1. Frozen.
+    weights: file of the five trained 1x1 layers. vgg: state dict `features.*` (None: fetched)."""
+    def __init__(self, weights="lpips_weights.pth", vgg=None):
+        super().__init__()
+        with torch.device("meta"):  # no memory and no random numbers: the weights come next
+            net = models.vgg16(weights=None)
+        net.classifier = None
+        net.load_state_dict(vgg16_weights() if vgg is None else vgg, assign=True)
+        cuts = (0, 4, 9, 16, 23, 30)  # slices end with relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+        self.slices = nn.ModuleList(net.features[a:b] for a, b in zip(cuts, cuts[1:]))
+        lins = torch.load(weights, map_location="cpu", weights_only=True)
+        for i in range(5):
+            self.register_buffer(f"lin{i}", lins[f"lin{i}.model.1.weight"])     # (1, c, 1, 1)
+        # ImageNet's mean and deviation per channel, for images in [-1, 1]
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        self.eval().requires_grad_(False)
+    def features(self, x):
+        """x (B, 1 or 3, H, W) in [-1, 1] -> five feature maps. Below 16 pixels x is enlarged."""
+        if min(x.shape[2:]) < 16:  # four poolings
+            x = F.interpolate(x, scale_factor=-(-16 // min(x.shape[2:])), mode="bilinear")
+        h, maps = (x - self.shift) / self.scale, []  # by broadcasting, grey becomes three channels
+        for part in self.slices:
+            h = part(h)
+            maps.append(h)
+        return maps
+    @staticmethod
+    def unit(f):
+        """Each position's vector scaled to length 1; in float32, since squares overflow fp16."""
+        f = f.float()
+        return f / (f.square().sum(1, keepdim=True) + 1e-10).sqrt()  # inside: no NaN gradient at 0
+    def forward(self, x, y):
+        """x, y (B, 1 or 3, H, W) -> distances (B,), Eq. 1. No gradient goes into y."""
+        maps_x = self.features(x)
+        with torch.no_grad():
+            maps_y = self.features(y)
+        with torch.autocast(x.device.type, enabled=False):
+            return sum((getattr(self, f"lin{i}") * (self.unit(a) - self.unit(b)).square())
+                       .sum(1).mean((1, 2)) for i, (a, b) in enumerate(zip(maps_x, maps_y)))
+
+# ---- 6. PatchGAN: a critic of patches (Isola et al. 2017, arXiv 1611.07004) ----------------------
+# The decoder also learns to fool it, which brings the fine texture that no distance asks for:
+# VQGAN (Esser et al. 2021, arXiv 2012.09841).
+class PatchGAN(nn.Module):
+    """Images (B, C, H, W), at least 8x8 -> scores (B, 1, h', w'), one per patch; high is real."""
+    def __init__(self, channels=3, width=64):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2),
+            nn.Conv2d(width, 2 * width, 4, 2, 1), nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * width, 4 * width, 4, 2, 1), nn.BatchNorm2d(4 * width), nn.LeakyReLU(0.2),
+            nn.Conv2d(4 * width, 1, 4, padding=2))
+        for layer in self.net:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, 0.0, 0.02)  # as in the paper
+    def forward(self, x):
+        return self.net(x).float()
+
+def generator_loss(kind, fake):
+    """What the autoencoder minimises, from the scores of its images."""
+    return {"bce": F.softplus(-fake), "lsgan": (fake - 1).square(), "hinge": -fake}[kind].mean()
+
+def discriminator_loss(kind, real, fake):
+    """What the discriminator minimises, from scores of images and of reconstructions."""
+    return {"bce": F.softplus(-real).mean() + F.softplus(fake).mean(),  # -log D(x) - log(1 - D(x'))
+            "lsgan": (real - 1).square().mean() + fake.square().mean(),
+            "hinge": F.relu(1 - real).mean() + F.relu(1 + fake).mean()}[kind] / 2
+
+# ---- 7. Noise scheduler: how noise goes in, and three ways to take it out ------------------------
+# DDPM: Ho et al. 2020, arXiv 2006.11239. DDIM: Song et al. 2020, 2010.02502. DPM-Solver++(2M): Lu
+# et al. 2022, 2211.01095. abar is the cumulative product of 1 - beta.
+class NoiseScheduler(nn.Module):
+    """z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps. t = 0 has one step of noise, t = -1 has none.
+    target is what the network predicts: eps, or v = sqrt(abar) eps - sqrt(1 - abar) z0 (Salimans
+    & Ho 2022, arXiv 2202.00512)."""
+    def __init__(self, T=1000, schedule="linear", target="v"):
+        super().__init__()
+        self.T, self.target = T, target
+        if schedule == "linear":  # in sqrt(beta); the range is meant for T = 1000
+            betas = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, T, dtype=torch.float64) ** 2
+            betas = betas * 1000 / T
+        else:  # cosine: Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 17
+            s = torch.linspace(0, 1, T + 1, dtype=torch.float64)
+            abar = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = 1 - abar[1:] / abar[:-1]
+        abar = torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
+        self.register_buffer("alphas_cumprod", abar.float(), persistent=False)
+        self.abar = abar.tolist() + [1.0]  # for the samplers, in float64: abar[-1] is clean
+    def add_noise(self, z0, eps, t):
+        """z0, eps (B, D, h, w) and t (B,) -> z_t, and what the network should answer to it.
+        DDPM Eq. 4: any t in one go."""
+        abar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
+        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+        return alpha * z0 + sigma * eps, eps if self.target == "eps" else alpha * eps - sigma * z0
+    def z0_and_eps(self, pred, z_t, t):
+        """The network's answer at step t (int), as estimates of z0 and eps.
+        z0 is not clamped, for latents have no fixed range."""
+        alpha, sigma = math.sqrt(self.abar[t]), math.sqrt(1 - self.abar[t])
+        if self.target == "v":
+            return alpha * z_t - sigma * pred, sigma * z_t + alpha * pred
+        return (z_t - sigma * pred) / alpha, pred
+    def timesteps(self, steps):
+        """[(t, t_prev), ...], evenly spaced from the noisiest step T-1 down to -1, clean."""
+        t = np.linspace(self.T - 1, -1, steps + 1).round().astype(int).tolist()
+        return list(zip(t, t[1:]))
+    def ddpm_step(self, z0, z_t, t, t_prev, noise):
+        """Draws from q(z_prev | z_t, z0): DDPM Eq. 6-7 and Algorithm 2, for any t_prev < t."""
+        abar, abar_prev = self.abar[t], self.abar[t_prev]
+        alpha = abar / abar_prev
+        mean = (math.sqrt(abar_prev) * (1 - alpha) * z0
+                + math.sqrt(alpha) * (1 - abar_prev) * z_t) / (1 - abar)
+        var = (1 - alpha) * (1 - abar_prev) / (1 - abar)  # 0 in the last step
+        return mean + math.sqrt(var) * noise
+    def ddim_step(self, z0, eps, t_prev):
+        """The same z0 and eps, mixed with less noise: DDIM Eq. 12 with sigma = 0."""
+        return math.sqrt(self.abar[t_prev]) * z0 + math.sqrt(1 - self.abar[t_prev]) * eps
+    def dpm_step(self, z0, z_t, t, t_prev, last=None):
+        """DPM-Solver++(2M), Algorithm 2: DDIM with z0 extrapolated from the step before.
+        last: (t, z0) of the step before; None in the first one."""
+        def half_log_snr(t):
+            return 0.5 * math.log(self.abar[t] / (1 - self.abar[t]))
+        if last is not None and t_prev >= 0:  # the last step has no end in this variable: order 1
+            r = (half_log_snr(t) - half_log_snr(last[0])) / (half_log_snr(t_prev) - half_log_snr(t))
+            z0 = z0 + (z0 - last[1]) / (2 * r)
+        abar, abar_prev = self.abar[t], self.abar[t_prev]
+        shrink = math.sqrt((1 - abar_prev) / (1 - abar))                        # sigma_prev / sigma
+        return shrink * z_t + (math.sqrt(abar_prev) - shrink * math.sqrt(abar)) * z0
+
+# ---- 8. UNet: predicts the noise (or v) in z_t ---------------------------------------------------
+# The blocks of section 3, now with time embedding and attention, and skips from down to up.
+class UNet(nn.Module):
+    """z_t (B, D, h, w), t (B,) -> prediction (B, D, h, w); 2 ** downs must divide h and w."""
+    def __init__(self, z_channels=4, widths=(192, 256, 384, 512), downs=3, layers=2):
+        super().__init__()
+        t_dim, c = 4 * widths[0], widths[-1]
+        self.time = TimeEmbedding(widths[0], t_dim)
+        self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
+        pairs = [(a, b, i < downs) for i, (a, b) in enumerate(zip(widths, widths[1:]))]
+        self.downs = nn.ModuleList(DownBlock(a, b, layers, t_dim, 4, half) for a, b, half in pairs)
+        self.mid = MidBlock(c, c, layers, t_dim)
+        self.ups = nn.ModuleList(UpBlock(b, a, layers, t_dim, 4, half, c_skip=a)
+                                 for a, b, half in reversed(pairs))
+        self.out = norm_silu_conv(widths[0], z_channels)
+        nn.init.zeros_(self.out[-1].weight)
+    def forward(self, z_t, t):
+        t_emb = self.time(t)                                                    # (B, t_dim)
+        x, skips = self.conv_in(z_t), []                                     # (B, widths[0], h, w)
+        for down in self.downs:
+            skips.append(x)  # what goes into a down block comes back in its mirror image
+            x = down(x, t_emb)
+        x = self.mid(x, t_emb)                                 # (B, widths[-1], h / 2 ** downs, ..)
+        for up in self.ups:
+            x = up(x, t_emb, skips.pop())
+        return self.out(x).float()
+
+@torch.no_grad()
+def update_ema(ema, model, step, limit):
+    """ema = decay ema + (1 - decay) model. The decay rises from 0.1, or the start would stay."""
+    decay = min(limit, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+class LatentSpace(nn.Module):
+    """The latents that the UNet sees, (z - mean) / std per channel, and the way back to images.
+    The schedule expects data of variance 1; an autoencoder's latents have any (arXiv 2112.10752,
+    section G). Without an autoencoder this is pixel space, as in DDPM."""
+    def __init__(self, ae, mean, std):
+        super().__init__()
+        self.ae = ae
+        self.register_buffer("mean", mean)                                      # (1, D, 1, 1)
+        self.register_buffer("std", std)
+    def decode(self, z):
+        z = z * self.std + self.mean
+        return (self.ae.decode(z) if self.ae else z).clamp(-1, 1)
+
+@torch.no_grad()
+def sample_images(unet, scheduler, space, shape, n, seed, sampler="dpm", steps=30, batch=64,
+                  dtype=None, trace=None):
+    """Noise -> `n` images (n, C, H, W) in [-1, 1], on the CPU; shape: of a latent, (D, h, w).
+    Image i has a noise generator of its own, so it does not depend on n or batch. `trace`, a
+    list, gets (z_t, estimate of z0) of the first batch, step by step."""
+    device, images, line = space.mean.device, [], ProgressLine()
+    for i in range(0, n, batch):
+        own = [torch.Generator().manual_seed(seed * 1_000_003 + k) for k in range(n)[i:i + batch]]
+        noise = lambda: torch.stack([torch.randn(shape, generator=g) for g in own]).to(device)
+        z_t, last = noise(), None
+        with autocast(device, dtype):
+            for t, t_prev in scheduler.timesteps(steps):
+                pred = unet(z_t, torch.full((len(z_t),), t, device=device))
+                z0, eps = scheduler.z0_and_eps(pred, z_t, t)
+                if trace is not None and i == 0:
+                    trace.append((z_t, z0))
+                if sampler == "ddpm":
+                    z_t = scheduler.ddpm_step(z0, z_t, t, t_prev, noise())
+                elif sampler == "ddim":
+                    z_t = scheduler.ddim_step(z0, eps, t_prev)
+                else:
+                    z_t = scheduler.dpm_step(z0, z_t, t, t_prev, last)
+                last = (t, z0)
+            images.append(space.decode(z_t).cpu())
+        line.show(f"{min(i + batch, n)}/{n} images", last=i + batch >= n)
+    return torch.cat(images)
+
+# ---- 9. Runs: a folder with checkpoints, a log, curves and pictures ------------------------------
+# A run stopped at any moment goes on with the same command: files are whole or not there, and
+# batches and noise depend on the seed and the step alone.
+FREE = "out data_root steps device amp compile log_every save_every".split()  # may change on resume
+
+@contextmanager
+def new_file(path):
+    """A file to write under a temporary name, renamed at the end: it is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+def load_checkpoint(path, stage):
+    """The dict that Run.save wrote. Raises UserError if it is missing, damaged or another kind."""
+    if not path.is_file():
+        raise UserError(f"{path.resolve()} is missing: first run train-{stage} for the same --out")
+    try:  # weights_only: nothing in the file is executed
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        assert ckpt["format"] == "ldm.py 1" and ckpt["stage"] == stage
+        return ckpt
+    except Exception as error:
+        raise UserError(f"{path.resolve()} is damaged or no checkpoint of train-{stage} "
+                        f"({type(error).__name__}): delete it to train anew") from error
+
+def fingerprint(*things):
+    """A name for tensors and plain values: equal ones, equal name."""
+    raw = (x.cpu().numpy().tobytes() if torch.is_tensor(x) else repr(x).encode() for x in things)
+    return hashlib.sha256(b" ".join(raw)).hexdigest()[:16]
+
+class ProgressLine:
+    """A line that renews itself in a terminal; elsewhere a plain line every ten seconds."""
+    printed = -math.inf
+    def show(self, text, last):
+        if sys.stdout.isatty():
+            print(f"\r\x1b[K{text}", end="\n" if last else "", flush=True)
+        elif last or time.monotonic() > self.printed + 10:
+            self.printed = time.monotonic()
+            print(text, flush=True)
+
+class Run:
+    """One training stage in its run folder: starts or resumes, logs, saves, stops on Ctrl-C.
+    parts: {name: module, optimiser or scaler}, kept in the checkpoint beside `extra`.
+    Raises UserError if the checkpoint there does not fit."""
+    def __init__(self, cfg, stage, device, dtype, parts, **extra):
+        self.cfg, self.stage, self.parts, self.extra = cfg, stage, parts, extra
+        self.dir, self.path = Path(cfg.out), Path(cfg.out, f"{stage}.pt")
+        self.step, self.sums, self.stopping, self.line = 0, {}, False, ProgressLine()
+        size = {k: f"{sum(w.numel() for w in part.parameters()) / 1e6:.2f} M"
+                for k, part in parts.items() if isinstance(part, nn.Module)}
+        gpu = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+        print(f"train-{stage} on {gpu}, {dtype or torch.float32}, PyTorch {torch.__version__}\n"
+              f"  parameters {size}\n  settings {asdict(cfg)}")
+        if self.path.exists():
+            self.resume(load_checkpoint(self.path, stage))
+    def resume(self, ckpt):
+        for name, now in asdict(self.cfg).items():
+            then = ckpt["config"].get(name)
+            require(name in FREE or then == now, name, now, f"{self.path} was trained with {then}; "
+                    "give that to go on, or another --out to start anew")
+        if ckpt["extra"].get("ae_name") != self.extra.get("ae_name"):
+            raise UserError(f"{self.path} belongs to another ae.pt: delete it or change --out")
+        for name, part in self.parts.items():
+            part.load_state_dict(ckpt["parts"][name])
+        self.step = ckpt["step"]
+        print(f"going on at step {self.step} of {self.cfg.steps}: {self.path}")
+    def loop(self):
+        """Yields once per step, seeded: a resumed run draws the same numbers as one in one go.
+        Raises KeyboardInterrupt after Ctrl-C or SIGTERM, when the step at hand is saved."""
+        def stop(*_):
+            self.stopping = True  # a second Ctrl-C kills
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        adams = [p for p in self.parts.values() if isinstance(p, torch.optim.Adam)]
+        self.tick = self.step, time.monotonic()
+        try:
+            while self.step < self.cfg.steps and not self.stopping:
+                torch.manual_seed(self.cfg.seed * 1_000_003 + self.step)
+                for group in (g for adam in adams for g in adam.param_groups):
+                    group["lr"] = self.cfg.lr * min(1, (self.step + 1) / max(1, self.cfg.warmup))
+                yield
+        finally:
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+        if self.step < self.cfg.steps:
+            print(f"\nstopped at step {self.step} and saved {self.path}: the same command goes on")
+            raise KeyboardInterrupt
+        print(f"trained: {self.path.resolve()}; curves.png and pictures/ are beside it")
+    def due(self, *every):
+        """Whether one of these intervals ends with this step; the last step ends all."""
+        self.last = self.step == self.cfg.steps or self.stopping
+        return self.last or any(self.step % k == 0 for k in every)
+    def add(self, terms):
+        """Sums loss terms up on the device: reading them in each step would make it wait."""
+        for name, value in terms.items():
+            total, count = self.sums.get(name, (0, 0))
+            self.sums[name] = total + value.detach(), count + 1
+    def log(self, **more):
+        """A line on the screen and a row in the CSV: means since the last one.
+        Raises UserError if one is not finite, before that can get into a checkpoint."""
+        values = {k: float(total) / count for k, (total, count) in self.sums.items()}
+        values |= {k: float(v) for k, v in more.items()}
+        bad = [f"{k} is {v}" for k, v in values.items() if not math.isfinite(v)]
+        if bad:
+            raise UserError(f"{', '.join(bad)} at step {self.step}. The last good state stays in "
+                            f"{self.path}; start anew with a lower --lr, or with --amp off")
+        pace = (self.step - self.tick[0]) / (time.monotonic() - self.tick[1])
+        speed, left = pace * self.cfg.batch * self.cfg.accum, (self.cfg.steps - self.step) / pace
+        path = self.dir / f"{self.stage}.csv"  # a resumed run writes rows of lost steps again
+        rows = [r for r in read_csv(path) if int(r["step"]) < self.step]
+        rows.append({"step": self.step, "per_second": round(speed, 1)} | values)
+        names = dict.fromkeys(name for r in rows for name in r)
+        lines = [",".join(names)] + [",".join(str(r.get(k, "")) for k in names) for r in rows]
+        with new_file(path) as file:
+            file.write("\n".join(lines).encode())
+        losses = " ".join(f"{k} {v:.4g}" for k, v in values.items())
+        self.line.show(f"{self.stage} {self.step}/{self.cfg.steps}  {speed:.0f}/s  "
+                       f"{left // 60:.0f}:{left % 60:02.0f} left  {losses}", self.last)
+        self.sums, self.tick = {}, (self.step, time.monotonic())
+    def save(self, picture):
+        """Writes the checkpoint, the curves and a picture (N, C, H, W) of how far it is."""
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        with new_file(self.path) as file:
+            torch.save({"format": "ldm.py 1", "stage": self.stage, "step": self.step,
+                        "config": asdict(self.cfg), "parts": parts, "extra": self.extra}, file)
+        with new_file(self.dir / "pictures" / f"{self.stage}-{self.step:06d}.png") as file:
+            image_grid(picture, 8).save(file, "PNG")
+        draw_curves(self.dir)
+
+def read_csv(path):
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+def draw_curves(folder):
+    """curves.png: a small panel for each column of ae.csv and ldm.csv, over the steps."""
+    panels = []
+    for stage in ("ae", "ldm"):
+        rows = read_csv(folder / f"{stage}.csv")
+        for name in list(rows[0])[1:] if rows else []:
+            points = [(int(r["step"]), float(r[name])) for r in rows if r[name]]
+            panels += [(f"{stage} {name}", *zip(*points))] if len(points) > 1 else []
+    image = Image.new("RGB", (1200, 170 * -(-len(panels) // 4) + 1), "white")
+    draw = ImageDraw.Draw(image)
+    for i, (title, steps, values) in enumerate(panels):
+        x, y, low, high = i % 4 * 300 + 10, i // 4 * 170 + 24, min(values), max(values)
+        at = lambda step, v: (x + 280 * (step - steps[0]) / (steps[-1] - steps[0]),
+                              y + 120 - 120 * (v - low) / (high - low or 1))
+        draw.line([at(*point) for point in zip(steps, values)], fill="#1f5fbf", width=2)
+        draw.text((x, y - 14), f"{title}: {low:.4g} .. {high:.4g}, last {values[-1]:.4g}", "black")
+    image.save(folder / "curves.png")
+
+def image_grid(images, columns):
+    """Images (N, 1 or 3, H, W) in [-1, 1] -> one PIL picture; tiny ones are enlarged."""
+    images = F.interpolate(images.float().cpu(), scale_factor=max(1, 96 // images.shape[-1]))
+    return TF.to_pil_image(make_grid(images, columns, normalize=True, value_range=(-1, 1)))
+
+def latent_picture(z, size):
+    """Latents (N, D, h, w) as images (N, 3, size, size): three channels as colours, or one grey."""
+    z = z[:, :3] if z.shape[1] >= 3 else z[:, :1].expand(-1, 3, -1, -1)
+    z = (z - z.mean((0, 2, 3), keepdim=True)) / (3 * z.std((0, 2, 3), keepdim=True) + 1e-6)
+    return F.interpolate(z, size=(size, size))
+
+# ---- 10. Training, what both stages share --------------------------------------------------------
+def adam(net, betas, device):
+    return torch.optim.Adam(net.parameters(), betas=betas, fused=device.type == "cuda")
+
+def optimise(scaler, optimiser, net):
+    """One step on the gradients at hand; their norm is held below 1."""
+    scaler.unscale_(optimiser)
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    scaler.step(optimiser)  # with fp16: not if a gradient overflowed
+    optimiser.zero_grad(set_to_none=True)
+
+def compile_networks(cfg, device, *nets):
+    """--compile, by default on CUDA where Triton is there. In place: names in checkpoints stay."""
+    auto = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    for net in nets if (auto if cfg.compile is None else cfg.compile) else ():
+        net.compile(dynamic=False)
+
+# ---- 11. Stage 1: the autoencoder ----------------------------------------------------------------
+# VQGAN, arXiv 2012.09841, section 3.1: reconstruction + LPIPS + latent terms, and a GAN that
+# starts late, when the rest is good enough for texture to matter.
+def train_ae(cfg):
+    """Trains a VQVAE or VAE to cfg.steps and leaves <out>/ae.pt. Raises UserError."""
+    device, dtype = pick_device(cfg)
+    lpips = LPIPS(Path(__file__).with_name("lpips_weights.pth")) if cfg.perceptual_weight else None
+    images, held = load_images(cfg.data, cfg.data_root, cfg.size, cfg.channels)
+    torch.manual_seed(cfg.seed)
+    ae, disc = build_autoencoder(asdict(cfg)), PatchGAN(cfg.channels)
+    for net in filter(None, (ae, disc, lpips)):
+        net.to(device, memory_format=torch.channels_last)
+    opt, opt_d = (adam(net, (0.5, 0.9), device) for net in (ae, disc))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    run = Run(cfg, "ae", device, dtype, dict(ae=ae, disc=disc, opt=opt, opt_d=opt_d, scaler=scaler))
+    order = batch_indices(len(images), cfg.batch, cfg.seed, skip=run.step * cfg.accum)
+    preview = to_float(held[:16], device)
+    weights = {name: getattr(cfg, f"{name}_weight")
+               for name in ("recon", "codebook", "commit", "kl", "perceptual")}
+    compile_networks(cfg, device, *filter(None, (ae, lpips)))
+
+    for _ in run.loop():
+        adversarial = cfg.gan_weight > 0 and run.step >= cfg.disc_start
+        # the discriminator starts alone; its word gains weight over the next 1000 steps
+        weights["gan"] = cfg.gan_weight * min(1, (run.step - cfg.disc_start) / 1000)
+        for _ in range(cfg.accum):
+            x = to_float(images[next(order)], device)
+            if cfg.flip:
+                x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
+            if cfg.ae == "vq" and run.step % 100 == 0:
+                with torch.no_grad(), autocast(device, dtype):
+                    ae.restart_codes(ae.encode(x))
+            # (1) autoencoder: minimise the weighted sum of its terms
+            with autocast(device, dtype):
+                x_rec, terms = ae(x)
+                error = (x_rec - x).abs() if cfg.recon == "l1" else (x_rec - x).square()
+                terms["recon"] = error.mean()
+                if lpips:
+                    terms["perceptual"] = lpips(x_rec, x).mean()
+                if adversarial:
+                    disc.requires_grad_(False)  # gradients go through it, none stay in it
+                    terms["gan"] = generator_loss(cfg.gan, disc(x_rec))
+                    disc.requires_grad_(True)
+            loss = sum(weights[name] * term for name, term in terms.items())
+            scaler.scale(loss / cfg.accum).backward()
+            # (2) discriminator: tell images from reconstructions
+            if adversarial:
+                with autocast(device, dtype):
+                    real, fake = disc(x), disc(x_rec.detach())
+                terms["disc"] = discriminator_loss(cfg.gan, real, fake)
+                scaler.scale(terms["disc"] / cfg.accum).backward()
+                terms |= {"score_real": real.mean(), "score_fake": fake.mean()}
+            run.add(terms)
+        optimise(scaler, opt, ae)
+        if adversarial:
+            optimise(scaler, opt_d, disc)
+        scaler.update()
+        run.step += 1
+
+        if run.due(cfg.log_every, cfg.save_every):
+            with torch.no_grad(), autocast(device, dtype):
+                z = ae.encode(preview)
+                x_rec = ae.decode(z).clamp(-1, 1)
+            more = {"held_psnr": psnr(x_rec, preview).mean(), "z_std": z.std()}
+            if cfg.ae == "vq":
+                more["codes_percent"], more["perplexity"] = codebook_use(ae.usage)
+            run.log(**more)
+        if run.due(cfg.save_every):  # picture rows: images, reconstructions, latents
+            rows = preview, x_rec, latent_picture(z, cfg.size)
+            run.save(torch.cat([r[:8].expand(-1, 3, -1, -1) for r in rows]))
+
+def psnr(x_rec, x):
+    """Peak signal-to-noise ratio (B,) in dB of images in [-1, 1]."""
+    return 10 * torch.log10(4 / (x_rec - x).square().mean((1, 2, 3)).clamp(min=1e-10))
+
+def codebook_use(picks):
+    """Picks per code (K,) -> share of codes in use in percent, perplexity (at most K)."""
+    p = picks / picks.sum().clamp(min=1)
+    return 100 * (p > 0).float().mean(), torch.special.entr(p).sum().exp()
+
+# ---- 12. Stage 2: diffusion on the latents -------------------------------------------------------
+# The autoencoder is frozen now, so each image is encoded once. The loss is DDPM Eq. 14.
+@torch.no_grad()
+def load_latents(cfg, ae, ae_name, images, device, dtype):
+    """Latents of the images (with cfg.flip, mirrored too), (N, D, h, w) float16 on the device.
+    From <out>/latents.pt if that is of this autoencoder and these images, else encoded."""
+    def encode(flips):
+        latents, line = [], ProgressLine()
+        for flip, i in ((flip, i) for flip in flips for i in range(0, len(images), 64)):
+            x = to_float(images[i:i + 64], device)
+            x = x.flip(3) if flip else x
+            with autocast(device, dtype):
+                latents.append((ae.encode(x) if ae else x).half())
+            line.show(f"encoding: {i}/{len(images)} images", last=i + 64 >= len(images))
+        return torch.cat(latents)
+    path = Path(cfg.out, "latents.pt")
+    name = fingerprint(ae_name, cfg.flip, images.shape, images[::max(1, len(images) // 64)])
+    try:
+        cache = torch.load(path, map_location=device, weights_only=True)
+        assert cache["name"] == name
+    except Exception:  # not there, damaged, of another autoencoder or of other images
+        cache = {"name": name, "latents": encode((False, True) if cfg.flip else (False,))}
+        with new_file(path) as file:
+            torch.save(cache, file)
+    return cache["latents"]
+
+def train_ldm(cfg):
+    """Trains a UNet on latents or pixels to cfg.steps and leaves <out>/ldm.pt. Raises UserError."""
+    device, dtype = pick_device(cfg)
+    ae, part, c, halvings = None, None, defaults(AEConfig, cfg.data), 0
+    if cfg.space == "latent":
+        ckpt = load_checkpoint(Path(cfg.out, "ae.pt"), "ae")
+        c, part = ckpt["config"], {"config": ckpt["config"], "weights": ckpt["parts"]["ae"]}
+        ae, halvings = build_autoencoder(**part).to(device), len(c["widths"]) - 1
+        require(cfg.size in (0, c["size"]), "size", cfg.size, f"ae.pt has {c['size']}")
+    cfg.size = cfg.size or c["size"]
+    side = cfg.size // 2 ** halvings  # of what the UNet sees
+    require(side % 2 ** cfg.downs == 0, "downs", cfg.downs, f"{side} cannot be halved so often")
+    require(side <= 64, "size", cfg.size, "is too much for attention over all pixels; give 64")
+    images, _ = load_images(cfg.data, cfg.data_root, cfg.size, c["channels"])
+    ae_name = fingerprint(*(part["weights"].values() if part else []))
+    z_all = load_latents(cfg, ae, ae_name, images, device, dtype)
+    std, mean = torch.std_mean(z_all.float(), (0, 2, 3), keepdim=True)
+    space, shape = LatentSpace(ae, mean, std), list(z_all.shape[1:])
+    torch.manual_seed(cfg.seed)
+    unet = UNet(shape[0], cfg.widths, cfg.downs, cfg.layers)
+    unet.to(device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(unet).requires_grad_(False)
+    scheduler = NoiseScheduler(schedule=cfg.schedule, target=cfg.target).to(device)
+    opt = adam(unet, (0.9, 0.99), device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    run = Run(cfg, "ldm", device, dtype, dict(unet=unet, ema=ema, opt=opt, scaler=scaler), ae=part,
+              ae_name=ae_name, mean=mean.cpu(), std=std.cpu(), shape=shape)
+    print(f"  latents {tuple(z_all.shape)}, mean {mean.flatten()}, std {std.flatten()}")
+    order = batch_indices(len(z_all), cfg.batch, cfg.seed, skip=run.step * cfg.accum)
+    compile_networks(cfg, device, unet)
+
+    for _ in run.loop():
+        for _ in range(cfg.accum):
+            z0 = (z_all[next(order).to(device, non_blocking=True)].float() - mean) / std
+            t = torch.randint(scheduler.T, (len(z0),), device=device)
+            z_t, target = scheduler.add_noise(z0, torch.randn_like(z0), t)
+            with autocast(device, dtype):
+                loss = F.mse_loss(unet(z_t, t), target)
+            scaler.scale(loss / cfg.accum).backward()
+            run.add({"loss": loss})
+        optimise(scaler, opt, unet)
+        scaler.update()
+        update_ema(ema, unet, run.step, cfg.ema)
+        run.step += 1
+
+        if run.due(cfg.log_every, cfg.save_every):
+            run.log()
+        if run.due(cfg.save_every):
+            run.save(sample_images(ema, scheduler, space, shape, 16, cfg.seed, dtype=dtype))
+
+# ---- 13. Sampling and evaluation -----------------------------------------------------------------
+def find_run(cfg, *stages):
+    """The checkpoint of the first of these stages in --out, or the newest under runs/."""
+    folders = [Path(cfg.out)] if cfg.out else Path("runs").glob("*")
+    found = [f / f"{stage}.pt" for f in folders for stage in stages if (f / f"{stage}.pt").exists()]
+    if not found:
+        raise UserError(f"no {stages[0]}.pt in {Path(cfg.out or 'runs').resolve()}: first train "
+                        "(demo, or train-ae and train-ldm) or name a run folder with --out")
+    return max(found, key=lambda p: (p.stem == stages[0], p.stat().st_mtime))
+
+def load_ldm(path, device):
+    """(UNet, scheduler, latent space, latent shape), as sample_images takes them; settings."""
+    ckpt = load_checkpoint(path, "ldm")
+    config, extra = ckpt["config"], ckpt["extra"]
+    unet = UNet(extra["shape"][0], *(config[k] for k in ("widths", "downs", "layers")))
+    unet.load_state_dict(ckpt["parts"]["ema"])
+    unet.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    ae = build_autoencoder(**extra["ae"]) if extra["ae"] else None
+    scheduler = NoiseScheduler(schedule=config["schedule"], target=config["target"])
+    space = LatentSpace(ae, extra["mean"], extra["std"]).to(device)
+    return (unet, scheduler, space, extra["shape"]), config
+
+def sample(cfg):
+    """Writes samples.png into the run folder; on request each image, and the denoising."""
+    device, dtype = pick_device(cfg)
+    path, trace = find_run(cfg, "ldm"), [] if cfg.progress else None
+    model, _ = load_ldm(path, device)
+    n, folder = cfg.n or 16, path.parent
+    images = sample_images(*model, n, cfg.seed, cfg.sampler, cfg.steps, cfg.batch, dtype, trace)
+    image_grid(images, math.ceil(math.sqrt(n))).save(folder / "samples.png")
+    if cfg.save_images:
+        (folder / "samples").mkdir(exist_ok=True)
+        for i, image in enumerate(images):
+            TF.to_pil_image(image / 2 + 0.5).save(folder / "samples" / f"{i:05d}.png")
+    if cfg.progress:
+        save_progress(trace, model[2], folder)
+    print(f"in {folder.resolve()}: samples.png" + ", samples/" * cfg.save_images
+          + ", progress.png, progress.gif" * cfg.progress)
+
+@torch.no_grad()
+def save_progress(trace, space, folder):
+    """progress.png, per image three rows: z_t, z_t decoded, the guess of z0 decoded; and a GIF."""
+    def pick(n):
+        return [trace[k] for k in np.linspace(0, len(trace) - 1, n).round().astype(int)]
+    rows = []
+    for i in range(min(4, len(trace[0][0]))):
+        z_t, z0 = (torch.stack([z[i] for z in column]) for column in zip(*pick(8)))
+        x_t, x0 = space.decode(z_t), space.decode(z0)
+        rows += [r.expand(-1, 3, -1, -1) for r in (latent_picture(z_t, x_t.shape[-1]), x_t, x0)]
+    image_grid(torch.cat(rows), 8).save(folder / "progress.png")
+    frames = [image_grid(space.decode(z_t[:9]), 3) for z_t, _ in pick(min(len(trace), 40))]
+    frames[0].save(folder / "progress.gif", save_all=True, append_images=frames[1:], loop=0,
+                   duration=[80] * (len(frames) - 1) + [2000])
+
+def frechet_distance(a, b):
+    """Between Gaussians fitted to features a, b (N, c): |mu_a - mu_b|^2 + tr(S_a + S_b -
+    2 (S_a S_b)^(1/2)); Heusel et al. 2017, arXiv 1706.08500."""
+    a, b = a.double(), b.double()
+    S_a, S_b = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(S_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    # S_a S_b has the eigenvalues of root S_b root, which is symmetric
+    cross = torch.linalg.eigvalsh(root @ S_b @ root).clamp(min=0).sqrt().sum()
+    return (a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * cross
+
+@torch.no_grad()
+def evaluate(cfg):
+    """Prints and returns {figure: value}, of images held out from training. Raises UserError."""
+    device, dtype = pick_device(cfg)
+    path, model = find_run(cfg, "ldm", "ae"), None
+    if path.stem == "ldm":
+        model, config = load_ldm(path, device)
+        ae = model[2].ae
+    else:
+        config, parts = (load_checkpoint(path, "ae")[k] for k in ("config", "parts"))
+        ae = build_autoencoder(config, parts["ae"]).to(device)
+    c = ae.config if ae else defaults(AEConfig, config["data"])
+    root = cfg.data_root or config["data_root"]
+    train, held = load_images(config["data"], root, config["size"], c["channels"])
+    try:
+        lpips = LPIPS(Path(__file__).with_name("lpips_weights.pth")).to(device)
+    except UserError as error:
+        lpips = None
+        print(f"without LPIPS and Frechet distances: {error}")
+    def batched(net, *images):
+        """Applies a network to images of the CPU, 32 at a time."""
+        parts = zip(*(i.split(32) for i in images))
+        with autocast(device, dtype):
+            return torch.cat([net(*(p.to(device) for p in part)).cpu() for part in parts])
+    features = lambda x: batched(lambda p: lpips.features(p)[-1].float().mean((2, 3)), x)
+    x, table = to_float(held, torch.device("cpu")), {}
+    if ae:
+        x_rec = batched(lambda x: ae.decode(ae.encode(x)).clamp(-1, 1), x)
+        table["PSNR, dB"] = psnr(x_rec, x).mean()
+    if ae and c["ae"] == "vq":
+        codes = batched(lambda x: ae.quantise(ae.encode(x))[1], x).flatten()
+        use = codebook_use(torch.bincount(codes, minlength=c["codebook_size"]))
+        table["codes in use, %"], table["perplexity"] = use
+    if lpips:
+        real, others = features(x), features(to_float(train[:len(held)], torch.device("cpu")))
+        table["FD, as many training images"] = frechet_distance(others, real)
+    if lpips and ae:
+        table["LPIPS"] = batched(lpips, x_rec, x).mean()
+        table["FD, reconstructions"] = frechet_distance(features(x_rec), real)
+    if lpips and model:
+        n, name = cfg.n or 2000, f"FD, {cfg.n or 2000} samples ({cfg.sampler}, {cfg.steps} steps)"
+        fake = sample_images(*model, n, cfg.seed, cfg.sampler, cfg.steps, cfg.batch, dtype)
+        table[name] = frechet_distance(features(fake), real)
+    print(f"{path.resolve()} on {len(held)} held-out images, side {config['size']}")
+    print("\n".join(f"  {name:42} {float(value):.4g}" for name, value in table.items()))
+    print("FD: Frechet distance of VGG16 relu5_3 features, smaller is better; it is not the\n"
+          "published Inception FID. That of training images is what real images reach.")
+    return table
+
+# ---- 14. Command line ----------------------------------------------------------------------------
+def demo(cfg):
+    """Both stages and samples, by default on toy faces at a tiny size; these need no download."""
+    train_ae(resolve(AEConfig, asdict(cfg)))
+    train_ldm(resolve(LDMConfig, asdict(cfg)))
+    sample(resolve(SampleConfig, asdict(cfg) | {"n": 64, "progress": True}))
+
+COMMANDS = {  # name: (settings, function, help)
+    "train-ae": (AEConfig, train_ae, "stage 1: train the autoencoder"),
+    "train-ldm": (LDMConfig, train_ldm, "stage 2: train the diffusion model on its latents"),
+    "sample": (SampleConfig, sample, "make new images"),
+    "eval": (SampleConfig, evaluate, "measure the autoencoder and the samples on held-out images"),
+    "demo": (RunConfig, demo, "both stages and samples in a few minutes")}
+
+def build_parser():
+    """A subcommand per entry of COMMANDS, a flag per field of its settings."""
+    parser = argparse.ArgumentParser(prog="ldm.py", description="latent diffusion in one file")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command, (cls, _, help) in COMMANDS.items():
+        sub = subparsers.add_parser(command, help=help, description=help)
+        for f in fields(cls):
+            kind = dict(type=f.type, choices=f.metadata["choices"])
+            kind = {bool: dict(action=argparse.BooleanOptionalAction),
+                    tuple: dict(type=int, nargs="+")}.get(f.type, kind)
+            presets = [f"; {d}: {p[f.name]}" for (d, of), p in PRESETS.items()
+                       if of is cls and f.name in p]
+            sub.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
+                             help=f"{f.metadata['help']} (default: {f.default}{''.join(presets)})")
+    return parser
+
+def main(argv=None):
+    """Runs a command line; returns the exit code: 0 done, 2 a mistake, 130 stopped by Ctrl-C."""
+    given = vars(build_parser().parse_args(argv))
+    cls, command, _ = COMMANDS[given.pop("command")]
+    try:
+        command(resolve(cls, given))
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (UserError, OSError, RuntimeError) as error:
+        message = str(error)
+        if "out of memory" in message or "can't allocate memory" in message:
+            message = "out of memory: lower --batch (and raise --accum by as much), or lower --size"
+        elif isinstance(error, RuntimeError):
+            raise
+    print(f"ldm.py: error: {message}", file=sys.stderr)
+    return 2
+
+if __name__ == "__main__":
+    sys.exit(main())
