@@ -902,11 +902,11 @@ def train_ae(cfg):
         adversarial = cfg.gan_weight > 0 and run.step >= cfg.disc_start
         # the discriminator starts alone; its word gains weight over the next 1000 steps
         weights["gan"] = cfg.gan_weight * min(1, (run.step - cfg.disc_start) / 1000)
-        for _ in range(cfg.accum):
+        for micro in range(cfg.accum):
             x = to_float(images[next(order)], device)
             if cfg.flip:
                 x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
-            if cfg.ae == "vq" and run.step % 100 == 0:
+            if cfg.ae == "vq" and run.step % 100 == 0 and micro == 0:
                 with torch.no_grad(), autocast(device, dtype):
                     ae.restart_codes(ae.encode(x))
             # (1) autoencoder: minimise the weighted sum of its terms
