@@ -11,16 +11,15 @@ diffusion (Rombach et al. 2022, arXiv 2112.10752) splits the work in two:
   python ldm.py train-ldm --data celebhq  # stage 2: UNet on the latents
   python ldm.py sample                    # new images from the newest run
   python ldm.py eval                      # PSNR, LPIPS, codebook usage, Frechet distance
-
 Letters, the same in papers, code and tests:
   B batch   C image channels   H W image height, width   D latent channels   h w latent size
   K codebook size   T diffusion steps   x image in [-1, 1]   z latent   eps Gaussian noise
   z_e, z_q latent before, after quantising   z0 clean, z_t noisy latent   t step, 0 .. T-1
 The table of contents: grep "^# ----" ldm.py
 """
-import argparse, copy, csv, hashlib, importlib.util, itertools, math, os, signal, sys, time
+import argparse, contextlib, copy, csv, hashlib, importlib.util
+import itertools, math, os, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -29,9 +28,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
-from torchvision import datasets, models
+from torchvision import datasets, models, utils
 from torchvision.transforms import functional as TF
-from torchvision.utils import make_grid
 
 # ---- 1. Settings: every default, its range and its help ----------------------------------------
 # A dataclass per subcommand; the command line is made from its fields. The defaults are the
@@ -47,14 +45,13 @@ class RunConfig:
     data: str = flag("toyfaces", "toyfaces, mnist, celebhq, or the path of a folder of images")
     data_root: str = flag("data", "folder that holds the data sets and the image cache")
     out: str = flag("", "run folder; empty: runs/<data>")
-    seed: int = flag(0, "seed of weights, batches and noise", lo=0)
+    seed: int = flag(0, "seed of weights, batches and noise", lo=0, hi=10 ** 9)
     device: str = flag("auto", "auto: cuda, else mps, else cpu", ("auto", "cuda", "mps", "cpu"))
     amp: str = flag("auto", "auto: with CUDA bf16, or fp16", ("auto", "bf16", "fp16", "off"))
-
 @dataclass
 class TrainConfig(RunConfig):
     batch: int = flag(16, "images at once on the device", lo=1)
-    steps: int = flag(16000, "optimiser steps in all, also when the run is continued", lo=1)
+    steps: int = flag(8000, "optimiser steps in all, also when the run is continued", lo=1)
     accum: int = flag(1, "batches whose gradients are averaged per optimiser step", lo=1)
     lr: float = flag(3e-4, "learning rate of Adam", lo=1e-12)
     warmup: int = flag(500, "steps over which the learning rate rises from 0", lo=0)
@@ -63,7 +60,6 @@ class TrainConfig(RunConfig):
     compile: bool = flag(None, "torch.compile the networks; None: with CUDA")
     log_every: int = flag(100, "steps between log lines", lo=1)
     save_every: int = flag(1000, "steps between checkpoints, each with a picture", lo=1)
-
 @dataclass
 class AEConfig(TrainConfig):
     ae: str = flag("vq", "autoencoder: vq = VQVAE, kl = VAE", ("vq", "kl"))
@@ -80,12 +76,11 @@ class AEConfig(TrainConfig):
     perceptual_weight: float = flag(1.0, "weight of LPIPS; 0: off, needs no VGG16", lo=0)
     gan_weight: float = flag(0.1, "weight of the adversarial loss; 0: off", lo=0)
     gan: str = flag("hinge", "adversarial loss", ("bce", "lsgan", "hinge"))
-    disc_start: int = flag(4000, "step from which the adversarial loss trains", lo=0)
-
+    disc_start: int = flag(2500, "step from which the adversarial loss trains", lo=0)
 @dataclass
 class LDMConfig(TrainConfig):
     batch: int = flag(128, "latents at once on the device", lo=1)
-    steps: int = flag(14000, "optimiser steps in all, also when the run is continued", lo=1)
+    steps: int = flag(10000, "optimiser steps in all, also when the run is continued", lo=1)
     lr: float = flag(2e-4, "learning rate of Adam", lo=1e-12)
     space: str = flag("latent", "diffuse latents, or pixels as in DDPM", ("latent", "pixel"))
     size: int = flag(0, "image side in pixels; 0: the autoencoder's or the data set's", lo=0)
@@ -94,7 +89,6 @@ class LDMConfig(TrainConfig):
     target: str = flag("v", "what the UNet predicts", ("eps", "v"))
     schedule: str = flag("linear", "noise: linear in sqrt(beta), or cosine", ("linear", "cosine"))
     ema: float = flag(0.9999, "decay of the weight average, which is what samples", lo=0, hi=1)
-
 @dataclass
 class SampleConfig(RunConfig):
     data: str = flag("", "data set whose run is taken; empty: the newest run under runs/")
@@ -112,16 +106,15 @@ PRESETS = {  # (data set, command): what differs from the defaults above
         codebook_size=512, perceptual_weight=0.0, gan_weight=0.0, log_every=50, save_every=500),
     ("toyfaces", LDMConfig): dict(batch=64, steps=1500, lr=1e-3, warmup=100, layers=1,
                                   widths=(48, 64, 96), downs=1, log_every=50, save_every=500),
-    ("mnist", AEConfig): dict(
-        size=28, channels=1, flip=False, batch=128, steps=3000, lr=1e-3, warmup=100, z_channels=3,
-        widths=(32, 64, 64), codebook_size=256, perceptual_weight=0.0, gan_weight=0.0),
-    ("mnist", LDMConfig): dict(flip=False, batch=256, steps=6000, lr=5e-4, warmup=200,
-                               widths=(128, 128, 256), downs=0)}
+    ("mnist", AEConfig): dict(size=28, channels=1, flip=False, batch=128, steps=3000, lr=1e-3,
+        warmup=100, z_channels=3, widths=(32, 64, 64), codebook_size=256, perceptual_weight=0.0,
+        gan_weight=0.0, compile=False),
+    ("mnist", LDMConfig): dict(flip=False, batch=256, steps=4000, lr=5e-4, warmup=200,
+                               widths=(128, 128, 256), downs=0, compile=False)}
 
 def defaults(cls, data):
     """The settings of a command for a data set, {name: value}."""
     return {f.name: f.default for f in fields(cls)} | PRESETS.get((data, cls), {})
-
 def require(fine, name, value, rule):
     """The one way to refuse a setting: UserError naming the flag, the value and the rule."""
     if not fine:
@@ -141,12 +134,17 @@ def resolve(cls, given):
                 cfg.widths, "give two or more multiples of 4, the number of attention heads")
     if cls is LDMConfig:
         require(cfg.downs <= halvings, "downs", cfg.downs, f"--widths gives only {halvings} blocks")
+        require(cfg.target == "v" or cfg.schedule == "linear", "target", cfg.target, "z0 would be "
+                "divided by almost 0 at the noisy end of --schedule cosine; take --target v")
     if cls is AEConfig:
         unit = max(8, 2 ** halvings)
         require(cfg.size % 2 ** halvings == 0, "size", cfg.size, f"--widths halves it {halvings} "
                 f"times, so give a multiple of {unit}, like {max(1, cfg.size // unit) * unit}")
-        require(cfg.disc_start < cfg.steps or "disc_start" not in given, "disc_start",
-                cfg.disc_start, f"is past --steps {cfg.steps}; --gan-weight 0 trains without")
+        late = cfg.disc_start >= cfg.steps
+        require(not late or "disc_start" not in given, "disc_start", cfg.disc_start,
+                f"is past --steps {cfg.steps}; --gan-weight 0 trains without")
+        if late and cfg.gan_weight:
+            print(f"note: --disc-start {cfg.disc_start} is past the end, no adversarial loss")
     return cfg
 
 def pick_device(cfg):
@@ -161,6 +159,9 @@ def pick_device(cfg):
 
 def autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+def layout(device):
+    """channels_last is what tensor cores want; on MPS its BatchNorm gradients are wrong."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 # ---- 2. Data: everything becomes one uint8 tensor (N, C, H, W) ----------------------------------
 # Decoded once, cropped to a square, cached; a part is held out from training for `eval`.
@@ -169,7 +170,6 @@ CELEBHQ = ("celebhq", "celeba_hq", "celeba-hq", "CelebA-HQ", "CelebAMask-HQ/Cele
 BACK = (150, 205, 240), (250, 214, 150), (186, 230, 180), (240, 180, 190), (206, 190, 240)
 SKIN = (255, 224, 196), (240, 200, 160), (214, 160, 118), (160, 108, 72), (110, 72, 48)
 HAIR = (30, 26, 24), (104, 62, 32), (232, 196, 92), (190, 74, 36), (168, 168, 172), (84, 92, 200)
-IRIS = (60, 110, 190), (70, 140, 80), (100, 64, 36)
 
 def toyfaces(indices, size=32):
     """Cartoon faces (len(indices), 3, size, size), uint8. Index i is always the same face.
@@ -179,7 +179,7 @@ def toyfaces(indices, size=32):
     colour = lambda k, table: torch.tensor(table).float()[(u[:, k] * len(table)).long()]   # (N, 3)
     between = lambda k, lo, hi: (lo + (hi - lo) * u[:, k])[:, None, None]               # (N, 1, 1)
     ellipse = lambda cx, cy, rx, ry: ((((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2).sqrt() - 1) * ry
-    skin, hair, iris = colour(1, SKIN), colour(2, HAIR), colour(3, IRIS)
+    skin, hair, iris = colour(1, SKIN), colour(2, HAIR), colour(3, HAIR)
     cx, cy = between(4, -0.08, 0.08), between(5, 0.02, 0.12)
     rx, ry = between(6, 0.48, 0.60), between(7, 0.60, 0.70)
     img = colour(0, BACK)[:, :, None, None].expand(-1, -1, size, size)               # (N, 3, S, S)
@@ -220,8 +220,8 @@ def decode_image(path, size, channels):
 
 def load_folder(folder, size, channels, cache_folder):
     """Decodes a folder once into a file of raw bytes and maps it: uint8 (N, channels, size, size).
-    Searched recursively, shuffled always in the same way. A changed folder gets a new cache.
-    Unreadable pictures are named, skipped, counted. Raises UserError if there is none to read."""
+    A changed folder gets a new cache. Unreadable pictures are named, skipped, counted; it raises
+    UserError if there is none to read."""
     require(folder.is_dir(), "data", folder, "neither toyfaces, mnist or celebhq nor a folder")
     known = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files = [Path(d, f) for d, _, names in os.walk(folder) for f in names if f[0] != "."]
@@ -257,7 +257,7 @@ def load_images(data, data_root, size, channels):
         try:
             digits = [datasets.MNIST(root, train, download=True).data for train in (True, False)]
         except (OSError, RuntimeError) as error:
-            raise UserError(f"--data mnist: no download ({error}); put its four .gz files into "
+            raise UserError(f"--data mnist: no download ({error}); unzip its four files into "
                             f"{Path(root, 'MNIST', 'raw').resolve()}") from error
         return [TF.resize(d[:, None], [size, size]).expand(-1, channels, -1, -1) for d in digits]
     if data == "celebhq":
@@ -284,14 +284,13 @@ def to_float(images, device):
     if device.type == "cuda":
         images = images.contiguous().pin_memory()  # only pinned memory is copied in the background
     x = images.to(device, non_blocking=True).float() / 127.5 - 1
-    return x.contiguous(memory_format=torch.channels_last)  # the layout that tensor cores want
+    return x.contiguous(memory_format=layout(device))
 
 # ---- 3. Blocks: one set for the encoder, the decoder and the UNet -------------------------------
 # ResNet block and attention as in DDPM (Ho et al. 2020, arXiv 2006.11239, appendix B). Time
 # embedding, attention, skip and resampling are each switched by an argument.
 def group_norm(c):
     return nn.GroupNorm(math.gcd(32, c), c)
-
 def norm_silu_conv(c_in, c_out):
     return nn.Sequential(group_norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
 
@@ -367,8 +366,7 @@ class MidBlock(nn.Module):
         return self.last(self.layers(x, t_emb), t_emb)
 
 class UpBlock(nn.Module):
-    """(B, c_in, h, w) -> (B, c_out, 2h, 2w), or with up=False (B, c_out, h, w).
-    After upsampling, a skip (B, c_skip, 2h, 2w) is concatenated where there is one."""
+    """(B, c_in, h, w), maybe a skip (B, c_skip, 2h, 2w) -> (B, c_out, 2h, 2w); up=False: h, w."""
     def __init__(self, c_in, c_out, layers, t_dim=None, heads=0, up=True, c_skip=0):
         super().__init__()  # nearest + conv: transposed convolutions leave checkerboards
         self.up = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c_in, c_in, 3, padding=1)
@@ -388,7 +386,6 @@ def build_encoder(channels, widths, layers, c_out):
         nn.Conv2d(channels, widths[0], 3, padding=1),
         *[DownBlock(a, b, layers) for a, b in zip(widths, widths[1:])],
         MidBlock(c, c, layers), norm_silu_conv(c, c_out), nn.Conv2d(c_out, c_out, 1))
-
 def build_decoder(channels, widths, layers, z_channels):
     """Network: latent (B, D, h, w) -> image (B, C, H, W), the encoder mirrored."""
     c, mirrored = widths[-1], widths[::-1]
@@ -450,9 +447,8 @@ class VAE(nn.Module):
         self.encoder = build_encoder(channels, widths, layers, 2 * z_channels)
         self.decoder = build_decoder(channels, widths, layers, z_channels)
     def forward(self, x):
-        """x (B, C, H, W) in [-1, 1] -> reconstruction, {"kl": KL(q(z | x) || N(0, 1))}.
-        Appendix B: KL = -1/2 sum(1 + logvar - mean^2 - exp(logvar)); here per image value, the
-        unit of the reconstruction loss."""
+        """x (B, C, H, W) in [-1, 1] -> reconstruction, {"kl": KL(q(z | x) || N(0, 1))}, appendix B:
+        -1/2 sum(1 + logvar - mean^2 - exp(logvar)), per image value like the reconstruction."""
         mean, logvar = self.encoder(x).float().chunk(2, dim=1)                  # each (B, D, h, w)
         logvar = logvar.clamp(-30, 20)  # exp stays finite
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)  # reparameterised
@@ -486,9 +482,8 @@ def vgg16_weights():
                                                    weights_only=True)
         return {k: v.float() for k, v in state.items() if k.startswith("features.")}
     except Exception as error:
-        place = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
-        raise UserError(f"LPIPS needs VGG16's weights ({error}): go online once, or bring them as "
-                        f"{place}, or use --perceptual-weight 0") from error
+        raise UserError(f"LPIPS needs {Path(url).name} ({error}): go online, or put it in "
+                        f"{torch.hub.get_dir()}/checkpoints, or give --perceptual-weight 0")
 
 class LPIPS(nn.Module):
     """Distance of two images as people see it: the `lpips` package with net="vgg", v0.1. Frozen.
@@ -552,7 +547,6 @@ class PatchGAN(nn.Module):
 def generator_loss(kind, fake):
     """What the autoencoder minimises, from the scores of its images."""
     return {"bce": F.softplus(-fake), "lsgan": (fake - 1).square(), "hinge": -fake}[kind].mean()
-
 def discriminator_loss(kind, real, fake):
     """What the discriminator minimises, from scores of images and of reconstructions."""
     return {"bce": F.softplus(-real).mean() + F.softplus(fake).mean(),  # -log D(x) - log(1 - D(x'))
@@ -610,8 +604,7 @@ class NoiseScheduler(nn.Module):
     def dpm_step(self, z0, z_t, t, t_prev, last=None):
         """DPM-Solver++(2M), Algorithm 2: DDIM with z0 extrapolated from the step before.
         last: (t, z0) of the step before; None in the first one."""
-        def half_log_snr(t):
-            return 0.5 * math.log(self.abar[t] / (1 - self.abar[t]))
+        half_log_snr = lambda t: 0.5 * math.log(self.abar[t] / (1 - self.abar[t]))
         if last is not None and t_prev >= 0:  # the last step has no end in this variable: order 1
             r = (half_log_snr(t) - half_log_snr(last[0])) / (half_log_snr(t_prev) - half_log_snr(t))
             z0 = z0 + (z0 - last[1]) / (2 * r)
@@ -694,11 +687,10 @@ def sample_images(unet, scheduler, space, shape, n, seed, sampler="dpm", steps=3
     return torch.cat(images)
 
 # ---- 9. Runs: a folder with checkpoints, a log, curves and pictures ------------------------------
-# A run stopped at any moment goes on with the same command: files are whole or not there, and
-# batches and noise depend on the seed and the step alone.
+# A stopped run goes on with the same command: batches and noise depend on seed and step alone.
 FREE = "out data_root steps device amp compile log_every save_every".split()  # may change on resume
 
-@contextmanager
+@contextlib.contextmanager
 def new_file(path):
     """A file to write under a temporary name, renamed at the end: it is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -706,8 +698,6 @@ def new_file(path):
     try:
         with open(partial, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -735,8 +725,8 @@ class ProgressLine:
     def show(self, text, last):
         if sys.stdout.isatty():
             print(f"\r\x1b[K{text}", end="\n" if last else "", flush=True)
-        elif last or time.monotonic() > self.printed + 10:
-            self.printed = time.monotonic()
+        elif last or time.perf_counter() > self.printed + 10:
+            self.printed = time.perf_counter()
             print(text, flush=True)
 
 class Run:
@@ -746,7 +736,8 @@ class Run:
     def __init__(self, cfg, stage, device, dtype, parts, **extra):
         self.cfg, self.stage, self.parts, self.extra = cfg, stage, parts, extra
         self.dir, self.path = Path(cfg.out), Path(cfg.out, f"{stage}.pt")
-        self.step, self.sums, self.stopping, self.line = 0, {}, False, ProgressLine()
+        self.step, self.sums, self.line = 0, {}, ProgressLine()
+        self.stopping, self.last, self.fused = False, False, device.type == "cuda"
         size = {k: f"{sum(w.numel() for w in part.parameters()) / 1e6:.2f} M"
                 for k, part in parts.items() if isinstance(part, nn.Module)}
         gpu = torch.cuda.get_device_name() if device.type == "cuda" else device.type
@@ -762,7 +753,11 @@ class Run:
         if ckpt["extra"].get("ae_name") != self.extra.get("ae_name"):
             raise UserError(f"{self.path} belongs to another ae.pt: delete it or change --out")
         for name, part in self.parts.items():
-            part.load_state_dict(ckpt["parts"][name])
+            state = ckpt["parts"][name]
+            for group in state.get("param_groups", ()):
+                group["fused"] = self.fused  # the device may be another one now
+            if state:  # a GradScaler that is off has none
+                part.load_state_dict(state)
         self.step = ckpt["step"]
         print(f"going on at step {self.step} of {self.cfg.steps}: {self.path}")
     def loop(self):
@@ -773,9 +768,10 @@ class Run:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
         adams = [p for p in self.parts.values() if isinstance(p, torch.optim.Adam)]
-        self.tick = self.step, time.monotonic()
+        self.tick = self.step, time.perf_counter()
         try:
-            while self.step < self.cfg.steps and not self.stopping:
+            while self.step < self.cfg.steps and not self.last:
+                self.last = self.stopping or self.step + 1 == self.cfg.steps
                 torch.manual_seed(self.cfg.seed * 1_000_003 + self.step)
                 for group in (g for adam in adams for g in adam.param_groups):
                     group["lr"] = self.cfg.lr * min(1, (self.step + 1) / max(1, self.cfg.warmup))
@@ -789,7 +785,6 @@ class Run:
         print(f"trained: {self.path.resolve()}; curves.png and pictures/ are beside it")
     def due(self, *every):
         """Whether one of these intervals ends with this step; the last step ends all."""
-        self.last = self.step == self.cfg.steps or self.stopping
         return self.last or any(self.step % k == 0 for k in every)
     def add(self, terms):
         """Sums loss terms up on the device: reading them in each step would make it wait."""
@@ -802,10 +797,13 @@ class Run:
         values = {k: float(total) / count for k, (total, count) in self.sums.items()}
         values |= {k: float(v) for k, v in more.items()}
         bad = [f"{k} is {v}" for k, v in values.items() if not math.isfinite(v)]
+        nets = {k: part for k, part in self.parts.items() if isinstance(part, nn.Module)}
+        bad += [f"a weight of {k} is not finite" for k, net in nets.items()
+                if not sum(w.sum() for w in net.parameters()).isfinite()]
         if bad:
-            raise UserError(f"{', '.join(bad)} at step {self.step}. The last good state stays in "
-                            f"{self.path}; start anew with a lower --lr, or with --amp off")
-        pace = (self.step - self.tick[0]) / (time.monotonic() - self.tick[1])
+            raise UserError(f"{', '.join(bad)} at step {self.step}; that is not in {self.path}: start "
+                            "anew with a lower --lr, or with --amp off")
+        pace = (self.step - self.tick[0]) / (time.perf_counter() - self.tick[1])
         speed, left = pace * self.cfg.batch * self.cfg.accum, (self.cfg.steps - self.step) / pace
         path = self.dir / f"{self.stage}.csv"  # a resumed run writes rows of lost steps again
         rows = [r for r in read_csv(path) if int(r["step"]) < self.step]
@@ -817,20 +815,20 @@ class Run:
         losses = " ".join(f"{k} {v:.4g}" for k, v in values.items())
         self.line.show(f"{self.stage} {self.step}/{self.cfg.steps}  {speed:.0f}/s  "
                        f"{left // 60:.0f}:{left % 60:02.0f} left  {losses}", self.last)
-        self.sums, self.tick = {}, (self.step, time.monotonic())
-    def save(self, picture):
+        self.sums, self.tick = {}, (self.step, time.perf_counter())
+    def save(self, picture, columns=8):
         """Writes the checkpoint, the curves and a picture (N, C, H, W) of how far it is."""
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         with new_file(self.path) as file:
             torch.save({"format": "ldm.py 1", "stage": self.stage, "step": self.step,
                         "config": asdict(self.cfg), "parts": parts, "extra": self.extra}, file)
         with new_file(self.dir / "pictures" / f"{self.stage}-{self.step:06d}.png") as file:
-            image_grid(picture, 8).save(file, "PNG")
+            image_grid(picture, columns).save(file, "PNG")
         draw_curves(self.dir)
+        self.tick = self.step, time.perf_counter()
 
 def read_csv(path):
     return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-
 def draw_curves(folder):
     """curves.png: a small panel for each column of ae.csv and ldm.csv, over the steps."""
     panels = []
@@ -852,8 +850,8 @@ def draw_curves(folder):
 def image_grid(images, columns):
     """Images (N, 1 or 3, H, W) in [-1, 1] -> one PIL picture; tiny ones are enlarged."""
     images = F.interpolate(images.float().cpu(), scale_factor=max(1, 96 // images.shape[-1]))
-    return TF.to_pil_image(make_grid(images, columns, normalize=True, value_range=(-1, 1)))
-
+    grid = utils.make_grid(images.clamp(-1, 1), columns, pad_value=-1)
+    return TF.to_pil_image(((grid + 1) * 127.5).round().byte())
 def latent_picture(z, size):
     """Latents (N, D, h, w) as images (N, 3, size, size): three channels as colours, or one grey."""
     z = z[:, :3] if z.shape[1] >= 3 else z[:, :1].expand(-1, 3, -1, -1)
@@ -863,7 +861,6 @@ def latent_picture(z, size):
 # ---- 10. Training, what both stages share --------------------------------------------------------
 def adam(net, betas, device):
     return torch.optim.Adam(net.parameters(), betas=betas, fused=device.type == "cuda")
-
 def optimise(scaler, optimiser, net):
     """One step on the gradients at hand; their norm is held below 1."""
     scaler.unscale_(optimiser)
@@ -873,9 +870,12 @@ def optimise(scaler, optimiser, net):
 
 def compile_networks(cfg, device, *nets):
     """--compile, by default on CUDA where Triton is there. In place: names in checkpoints stay."""
-    auto = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    for net in nets if (auto if cfg.compile is None else cfg.compile) else ():
-        net.compile(dynamic=False)
+    auto = (device.type == "cuda" and importlib.util.find_spec("triton") is not None
+            and torch.cuda.get_device_capability()[0] >= 7)
+    if auto if cfg.compile is None else cfg.compile:
+        print("the first step compiles, for minutes; --no-compile starts at once, but is slower")
+        for net in nets:
+            net.compile(dynamic=False)
 
 # ---- 11. Stage 1: the autoencoder ----------------------------------------------------------------
 # VQGAN, arXiv 2012.09841, section 3.1: reconstruction + LPIPS + latent terms, and a GAN that
@@ -888,14 +888,14 @@ def train_ae(cfg):
     torch.manual_seed(cfg.seed)
     ae, disc = build_autoencoder(asdict(cfg)), PatchGAN(cfg.channels)
     for net in filter(None, (ae, disc, lpips)):
-        net.to(device, memory_format=torch.channels_last)
+        net.to(device, memory_format=layout(device))
     opt, opt_d = (adam(net, (0.5, 0.9), device) for net in (ae, disc))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(cfg, "ae", device, dtype, dict(ae=ae, disc=disc, opt=opt, opt_d=opt_d, scaler=scaler))
     order = batch_indices(len(images), cfg.batch, cfg.seed, skip=run.step * cfg.accum)
     preview = to_float(held[:16], device)
-    weights = {name: getattr(cfg, f"{name}_weight")
-               for name in ("recon", "codebook", "commit", "kl", "perceptual")}
+    names = "recon", "codebook", "commit", "kl", "perceptual"
+    weights = {name: getattr(cfg, f"{name}_weight") for name in names}
     compile_networks(cfg, device, *filter(None, (ae, lpips)))
 
     for _ in run.loop():
@@ -935,7 +935,6 @@ def train_ae(cfg):
             optimise(scaler, opt_d, disc)
         scaler.update()
         run.step += 1
-
         if run.due(cfg.log_every, cfg.save_every):
             with torch.no_grad(), autocast(device, dtype):
                 z = ae.encode(preview)
@@ -946,12 +945,11 @@ def train_ae(cfg):
             run.log(**more)
         if run.due(cfg.save_every):  # picture rows: images, reconstructions, latents
             rows = preview, x_rec, latent_picture(z, cfg.size)
-            run.save(torch.cat([r[:8].expand(-1, 3, -1, -1) for r in rows]))
+            run.save(torch.cat([r[:8].expand(-1, 3, -1, -1) for r in rows]), len(preview[:8]))
 
 def psnr(x_rec, x):
     """Peak signal-to-noise ratio (B,) in dB of images in [-1, 1]."""
     return 10 * torch.log10(4 / (x_rec - x).square().mean((1, 2, 3)).clamp(min=1e-10))
-
 def codebook_use(picks):
     """Picks per code (K,) -> share of codes in use in percent, perplexity (at most K)."""
     p = picks / picks.sum().clamp(min=1)
@@ -970,7 +968,7 @@ def load_latents(cfg, ae, ae_name, images, device, dtype):
             x = x.flip(3) if flip else x
             with autocast(device, dtype):
                 latents.append((ae.encode(x) if ae else x).half())
-            line.show(f"encoding: {i}/{len(images)} images", last=i + 64 >= len(images))
+            line.show(f"encoding {i + len(x)}/{len(images)}", last=i + len(x) == len(images))
         return torch.cat(latents)
     path = Path(cfg.out, "latents.pt")
     name = fingerprint(ae_name, cfg.flip, images.shape, images[::max(1, len(images) // 64)])
@@ -1003,7 +1001,7 @@ def train_ldm(cfg):
     space, shape = LatentSpace(ae, mean, std), list(z_all.shape[1:])
     torch.manual_seed(cfg.seed)
     unet = UNet(shape[0], cfg.widths, cfg.downs, cfg.layers)
-    unet.to(device, memory_format=torch.channels_last)
+    unet.to(device, memory_format=layout(device))
     ema = copy.deepcopy(unet).requires_grad_(False)
     scheduler = NoiseScheduler(schedule=cfg.schedule, target=cfg.target).to(device)
     opt = adam(unet, (0.9, 0.99), device)
@@ -1027,7 +1025,6 @@ def train_ldm(cfg):
         scaler.update()
         update_ema(ema, unet, run.step, cfg.ema)
         run.step += 1
-
         if run.due(cfg.log_every, cfg.save_every):
             run.log()
         if run.due(cfg.save_every):
@@ -1041,7 +1038,8 @@ def find_run(cfg, *stages):
     if not found:
         raise UserError(f"no {stages[0]}.pt in {Path(cfg.out or 'runs').resolve()}: first train "
                         "(demo, or train-ae and train-ldm) or name a run folder with --out")
-    return max(found, key=lambda p: (p.stem == stages[0], p.stat().st_mtime))
+    newest = lambda p: max(q.stat().st_mtime for q in p.parent.glob("*.pt"))
+    return max(found, key=lambda p: (newest(p), p.stem == stages[0]))
 
 def load_ldm(path, device):
     """(UNet, scheduler, latent space, latent shape), as sample_images takes them; settings."""
@@ -1049,7 +1047,7 @@ def load_ldm(path, device):
     config, extra = ckpt["config"], ckpt["extra"]
     unet = UNet(extra["shape"][0], *(config[k] for k in ("widths", "downs", "layers")))
     unet.load_state_dict(ckpt["parts"]["ema"])
-    unet.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    unet.to(device, memory_format=layout(device)).eval().requires_grad_(False)
     ae = build_autoencoder(**extra["ae"]) if extra["ae"] else None
     scheduler = NoiseScheduler(schedule=config["schedule"], target=config["target"])
     space = LatentSpace(ae, extra["mean"], extra["std"]).to(device)
@@ -1066,7 +1064,8 @@ def sample(cfg):
     if cfg.save_images:
         (folder / "samples").mkdir(exist_ok=True)
         for i, image in enumerate(images):
-            TF.to_pil_image(image / 2 + 0.5).save(folder / "samples" / f"{i:05d}.png")
+            picture = TF.to_pil_image(((image + 1) * 127.5).round().byte())
+            picture.save(folder / "samples" / f"{i:05d}.png")
     if cfg.progress:
         save_progress(trace, model[2], folder)
     print(f"in {folder.resolve()}: samples.png" + ", samples/" * cfg.save_images
@@ -1075,6 +1074,7 @@ def sample(cfg):
 @torch.no_grad()
 def save_progress(trace, space, folder):
     """progress.png, per image three rows: z_t, z_t decoded, the guess of z0 decoded; and a GIF."""
+    trace = trace + [2 * trace[-1][1:]]  # the last z0 is the sample
     def pick(n):
         return [trace[k] for k in np.linspace(0, len(trace) - 1, n).round().astype(int)]
     rows = []
@@ -1090,6 +1090,8 @@ def save_progress(trace, space, folder):
 def frechet_distance(a, b):
     """Between Gaussians fitted to features a, b (N, c): |mu_a - mu_b|^2 + tr(S_a + S_b -
     2 (S_a S_b)^(1/2)); Heusel et al. 2017, arXiv 1706.08500."""
+    if min(len(a), len(b)) < 2:
+        return math.nan
     a, b = a.double(), b.double()
     S_a, S_b = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(S_a)
@@ -1143,8 +1145,7 @@ def evaluate(cfg):
         table[name] = frechet_distance(features(fake), real)
     print(f"{path.resolve()} on {len(held)} held-out images, side {config['size']}")
     print("\n".join(f"  {name:42} {float(value):.4g}" for name, value in table.items()))
-    print("FD: Frechet distance of VGG16 relu5_3 features, smaller is better; it is not the\n"
-          "published Inception FID. That of training images is what real images reach.")
+    print("FD: Frechet distance of VGG16 relu5_3 features; this is not the published Inception FID")
     return table
 
 # ---- 14. Command line ----------------------------------------------------------------------------
@@ -1188,8 +1189,8 @@ def main(argv=None):
         return 130
     except (UserError, OSError, RuntimeError) as error:
         message = str(error)
-        if "out of memory" in message or "can't allocate memory" in message:
-            message = "out of memory: lower --batch (and raise --accum by as much), or lower --size"
+        if "out of memory" in message or "allocate memory" in message:
+            message = "out of memory: lower --batch (training: raise --accum by as much), or --size"
         elif isinstance(error, RuntimeError):
             raise
     print(f"ldm.py: error: {message}", file=sys.stderr)
