@@ -801,8 +801,8 @@ class Run:
         bad += [f"a weight of {k} is not finite" for k, net in nets.items()
                 if not sum(w.sum() for w in net.parameters()).isfinite()]
         if bad:
-            raise UserError(f"{', '.join(bad)} at step {self.step}; that is not in {self.path}: start "
-                            "anew with a lower --lr, or with --amp off")
+            raise UserError(f"{', '.join(bad)} at step {self.step}; {self.path} is older. "
+                            "Start anew with a lower --lr, or with --amp off")
         pace = (self.step - self.tick[0]) / (time.perf_counter() - self.tick[1])
         speed, left = pace * self.cfg.batch * self.cfg.accum, (self.cfg.steps - self.step) / pace
         path = self.dir / f"{self.stage}.csv"  # a resumed run writes rows of lost steps again
@@ -1083,7 +1083,7 @@ def save_progress(trace, space, folder):
         x_t, x0 = space.decode(z_t), space.decode(z0)
         rows += [r.expand(-1, 3, -1, -1) for r in (latent_picture(z_t, x_t.shape[-1]), x_t, x0)]
     image_grid(torch.cat(rows), 8).save(folder / "progress.png")
-    frames = [image_grid(space.decode(z_t[:9]), 3) for z_t, _ in pick(min(len(trace), 40))]
+    frames = [image_grid(space.decode(z_t[:4]), 2) for z_t, _ in pick(min(len(trace), 40))]
     frames[0].save(folder / "progress.gif", save_all=True, append_images=frames[1:], loop=0,
                    duration=[80] * (len(frames) - 1) + [2000])
 

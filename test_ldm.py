@@ -1149,7 +1149,8 @@ def test_learning_rate_warms_up_and_gradients_are_clipped(train, tmp_path, monke
     assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
     assert [float(n) for n in norms] == pytest.approx([1.0] * 6, abs=1e-3)
 
-@pytest.mark.parametrize("flags", ["", "--target eps", "--schedule cosine", "--space pixel --size 16"])
+@pytest.mark.parametrize("flags", ["", "--target eps", "--schedule cosine",
+                                   "--space pixel --size 16"])
 def test_diffusion_learns(train, trained, tmp_path, flags):
     """Latents or pixels, v or eps: the loss falls well below that of predicting nothing."""
     (tmp_path / "out").mkdir()
@@ -1315,6 +1316,7 @@ def test_saved_images_are_rounded_not_cut():
     ("train-ae --amp fp16 --device cpu", "--amp fp16"), ("sample --steps 1001", "--steps 1001"),
     ("train-ldm --ema 1.5", "--ema 1.5"), ("sample --batch 0", "--batch 0"),
     ("train-ldm --space pixel --size 128", "--size 128"),
+    ("train-ldm --target eps --schedule cosine", "--target eps --schedule"),
     ("train-ae --seed 1000000000000000000", "--seed")])
 def test_mistakes_cost_one_sentence_and_create_nothing(tmp_path, capsys, monkeypatch, line, words):
     """Exit code 2 and a line that names the flag: no traceback, no files."""
@@ -1369,3 +1371,49 @@ def test_demo_runs_both_stages_and_samples(tmp_path, monkeypatch, capsys):
     assert {cfg.out for _, cfg in ran} == {str(Path("runs", "toyfaces"))}
     assert all(cfg.seed == 3 for _, cfg in ran) and ran[0][1].size == 32
     assert ran[2][1].progress and ran[2][1].n == 64
+
+def test_eval_takes_the_run_touched_last(trained, tmp_path):
+    """A run that has only its autoencoder yet counts, too; in one folder ldm.pt goes first."""
+    for i, (name, files) in enumerate({"both": ("ae.pt", "ldm.pt"), "young": ("ae.pt",)}.items()):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        for file in files:
+            shutil.copy(trained / file, tmp_path / "runs" / name)
+            os.utime(tmp_path / "runs" / name / file, (1000 + i, 1000 + i))
+    cfg = ldm.resolve(ldm.SampleConfig, {})
+    assert ldm.find_run(cfg, "ldm", "ae") == Path("runs", "young", "ae.pt")
+    os.utime(tmp_path / "runs" / "both" / "ae.pt", (2000, 2000))
+    assert ldm.find_run(cfg, "ldm", "ae") == Path("runs", "both", "ldm.pt")
+
+def test_run_goes_on_on_another_kind_of_device(train, trained, tmp_path):
+    """A checkpoint from a GPU says fused Adam, one from a CPU has an empty GradScaler."""
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    ckpt = torch.load(out / "ae.pt", weights_only=True)
+    for group in ckpt["parts"]["opt"]["param_groups"]:
+        group["fused"] = "this would fail if it were used"
+    torch.save(ckpt, out / "ae.pt")
+    assert ckpt["parts"]["scaler"] == {}
+    assert train("train-ae", out, "--steps", 5, "--log-every", 2) == 0
+
+def test_frechet_distance_of_one_image_is_not_a_number():
+    """A covariance takes two; eval of a tiny folder says nan and goes on."""
+    assert math.isnan(ldm.frechet_distance(torch.randn(1, 4), torch.randn(9, 4)))
+
+def test_readme_names_every_flag_and_shows_small_pictures():
+    """The README's tables are complete; its pictures exist and take less than 1 MB in all."""
+    text = (HERE / "README.md").read_text()
+    flags = {f.name for cls, _, _ in ldm.COMMANDS.values() for f in fields(cls)}
+    assert not [f for f in flags if f"`--{f.replace('_', '-')}`" not in text]
+    pictures = re.findall(r"\((assets/[^)]+)\)", text)
+    assert pictures and sum((HERE / p).stat().st_size for p in pictures) < 1_000_000
+    assert {p.name for p in (HERE / "assets").iterdir()} == {Path(p).name for p in pictures}
+
+def test_pictures_of_progress_end_with_the_sample(trained, tmp_path):
+    """The last column of progress.png is what samples.png shows."""
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    assert use("sample", out, "--n", 2, "--steps", 3, "--progress") == 0
+    strip, grid = (np.asarray(Image.open(out / f"{n}.png")) for n in ("progress", "samples"))
+    cell = lambda row, column: (slice(2 + 98 * row, 98 + 98 * row),  # 96 pixels, frames of 2
+                                slice(2 + 98 * column, 98 + 98 * column))
+    assert np.abs(strip[cell(1, 7)].astype(int) - grid[cell(0, 0)]).max() <= 1
