@@ -160,7 +160,7 @@ def pick_device(cfg):
 def autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 def layout(device):
-    """channels_last is what tensor cores want; on MPS its BatchNorm gradients are wrong."""
+    """channels_last is what tensor cores want; on MPS its BatchNorm is wrong (pytorch#175189)."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 # ---- 2. Data: everything becomes one uint8 tensor (N, C, H, W) ----------------------------------
@@ -212,8 +212,7 @@ def decode_image(path, size, channels):
         if img.mode.startswith("I"):
             img = Image.fromarray((np.asarray(img).clip(0, 65535) // 256).astype(np.uint8))
         if "transparency" in img.info or img.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-            white = Image.new("RGBA", img.size, "white")
-            img = Image.alpha_composite(white, img.convert("RGBA"))
+            img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img.convert("RGBA"))
         img = img.convert("L" if channels == 1 else "RGB")
         img = ImageOps.fit(img, (size, size), Image.Resampling.LANCZOS)
         return np.array(img).reshape(size, size, channels).transpose(2, 0, 1)
@@ -738,8 +737,9 @@ class Run:
         self.dir, self.path = Path(cfg.out), Path(cfg.out, f"{stage}.pt")
         self.step, self.sums, self.line = 0, {}, ProgressLine()
         self.stopping, self.last, self.fused = False, False, device.type == "cuda"
-        size = {k: f"{sum(w.numel() for w in part.parameters()) / 1e6:.2f} M"
-                for k, part in parts.items() if isinstance(part, nn.Module)}
+        self.nets = {k: part for k, part in parts.items() if isinstance(part, nn.Module)}
+        size = {k: f"{sum(w.numel() for w in net.parameters()) / 1e6:.2f} M"
+                for k, net in self.nets.items()}
         gpu = torch.cuda.get_device_name() if device.type == "cuda" else device.type
         print(f"train-{stage} on {gpu}, {dtype or torch.float32}, PyTorch {torch.__version__}\n"
               f"  parameters {size}\n  settings {asdict(cfg)}")
@@ -797,8 +797,7 @@ class Run:
         values = {k: float(total) / count for k, (total, count) in self.sums.items()}
         values |= {k: float(v) for k, v in more.items()}
         bad = [f"{k} is {v}" for k, v in values.items() if not math.isfinite(v)]
-        nets = {k: part for k, part in self.parts.items() if isinstance(part, nn.Module)}
-        bad += [f"a weight of {k} is not finite" for k, net in nets.items()
+        bad += [f"a weight of {k} is not finite" for k, net in self.nets.items()
                 if not sum(w.sum() for w in net.parameters()).isfinite()]
         if bad:
             raise UserError(f"{', '.join(bad)} at step {self.step}; {self.path} is older. "
@@ -847,11 +846,13 @@ def draw_curves(folder):
         draw.text((x, y - 14), f"{title}: {low:.4g} .. {high:.4g}, last {values[-1]:.4g}", "black")
     image.save(folder / "curves.png")
 
+def to_pil(x):
+    """(C, H, W) in [-1, 1] -> PIL picture, rounded; PIL's own way with floats is to cut."""
+    return TF.to_pil_image(((x.clamp(-1, 1) + 1) * 127.5).round().byte())
 def image_grid(images, columns):
     """Images (N, 1 or 3, H, W) in [-1, 1] -> one PIL picture; tiny ones are enlarged."""
     images = F.interpolate(images.float().cpu(), scale_factor=max(1, 96 // images.shape[-1]))
-    grid = utils.make_grid(images.clamp(-1, 1), columns, pad_value=-1)
-    return TF.to_pil_image(((grid + 1) * 127.5).round().byte())
+    return to_pil(utils.make_grid(images, columns, pad_value=-1))
 def latent_picture(z, size):
     """Latents (N, D, h, w) as images (N, 3, size, size): three channels as colours, or one grey."""
     z = z[:, :3] if z.shape[1] >= 3 else z[:, :1].expand(-1, 3, -1, -1)
@@ -1064,8 +1065,7 @@ def sample(cfg):
     if cfg.save_images:
         (folder / "samples").mkdir(exist_ok=True)
         for i, image in enumerate(images):
-            picture = TF.to_pil_image(((image + 1) * 127.5).round().byte())
-            picture.save(folder / "samples" / f"{i:05d}.png")
+            to_pil(image).save(folder / "samples" / f"{i:05d}.png")
     if cfg.progress:
         save_progress(trace, model[2], folder)
     print(f"in {folder.resolve()}: samples.png" + ", samples/" * cfg.save_images
