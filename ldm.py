@@ -36,7 +36,6 @@ from torchvision.transforms import functional as TF
 # recipe for 256x256 photos (celebhq, or your own folder); PRESETS holds what other data changes.
 class UserError(Exception):
     """A mistake that the user can repair: main() prints its sentence and exits with code 2."""
-
 def flag(default, help, choices=None, lo=None, hi=math.inf):
     return field(default=default, metadata=dict(help=help, choices=choices, lo=lo, hi=hi))
 
@@ -111,7 +110,6 @@ PRESETS = {  # (data set, command): what differs from the defaults above
         gan_weight=0.0, compile=False),
     ("mnist", LDMConfig): dict(flip=False, batch=256, steps=4000, lr=5e-4, warmup=200,
                                widths=(128, 128, 256), downs=0, compile=False)}
-
 def defaults(cls, data):
     """The settings of a command for a data set, {name: value}."""
     return {f.name: f.default for f in fields(cls)} | PRESETS.get((data, cls), {})
@@ -156,9 +154,8 @@ def pick_device(cfg):
         amp = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
     require(amp != "fp16" or name != "cpu", "amp", amp, "needs a GPU; on a CPU use --amp off")
     return torch.device(name), {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
-
 def autocast(device, dtype):
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+    return torch.autocast(device.type, dtype, dtype is not None, cache_enabled=False)  # for graphs
 def layout(device):
     """channels_last is what tensor cores want; on MPS its BatchNorm is wrong (pytorch#175189)."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
@@ -204,18 +201,18 @@ def toyfaces(indices, size=32):
     return img.round().to(torch.uint8)
 
 def decode_image(path, size, channels):
-    """Any picture PIL reads -> uint8 array (channels, size, size): the centre square, upright.
+    """Any picture PIL reads -> uint8 array (size, size, channels): the centre square, upright.
     Transparency goes over white, 16 bits become 8. Raises what PIL raises on a broken file."""
     with Image.open(path) as img:
         img.draft(None, (size, size))  # JPEG only: shrinks by 2, 4 or 8 while decoding
-        img = ImageOps.exif_transpose(img)
+        ImageOps.exif_transpose(img, in_place=True)
         if img.mode.startswith("I"):
             img = Image.fromarray((np.asarray(img).clip(0, 65535) // 256).astype(np.uint8))
         if "transparency" in img.info or img.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
             img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img.convert("RGBA"))
         img = img.convert("L" if channels == 1 else "RGB")
         img = ImageOps.fit(img, (size, size), Image.Resampling.LANCZOS)
-        return np.array(img).reshape(size, size, channels).transpose(2, 0, 1)
+        return np.array(img).reshape(size, size, channels)
 
 def load_folder(folder, size, channels, cache_folder):
     """Decodes a folder once into a file of raw bytes and maps it: uint8 (N, channels, size, size).
@@ -227,7 +224,7 @@ def load_folder(folder, size, channels, cache_folder):
     paths = sorted(f for f in files if f.suffix.lower() in known)
     require(paths, "data", folder, f"no images among {len(files)} files in and below it")
     stamp = [(str(p), os.lstat(p).st_size, os.lstat(p).st_mtime_ns) for p in paths]
-    cache = cache_folder / f"{folder.resolve().name}-{fingerprint(size, channels, stamp)}.u8"
+    cache = cache_folder / f"{folder.resolve().name}-{fingerprint(size, channels, stamp)}.rgb"
     def decode(path):
         try:
             return decode_image(path, size, channels).tobytes()
@@ -236,14 +233,14 @@ def load_folder(folder, size, channels, cache_folder):
             return b""
     if not cache.exists():
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))
-        with new_file(cache) as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-            line, bad = ProgressLine(), 0  # threads do: PIL frees the interpreter lock
+        with new_file(cache) as file, ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+            bad = 0  # threads do, for PIL frees the interpreter lock; more would queue for it
             for i, data in enumerate(pool.map(decode, [paths[k] for k in order]), 1):
                 bad += file.write(data) == 0
-                line.show(f"decoding {i}/{len(paths)} images, {bad} unreadable", i == len(paths))
+                progress(f"decoding {i}/{len(paths)} images, {bad} unreadable", i == len(paths))
             require(bad < len(paths), "data", folder, f"none of its {bad} images is readable")
-    shape = -1, channels, size, size
-    return torch.from_file(str(cache), size=cache.stat().st_size, dtype=torch.uint8).view(shape)
+    images = torch.from_file(str(cache), size=cache.stat().st_size, dtype=torch.uint8)
+    return images.view(-1, size, size, channels).permute(0, 3, 1, 2)
 
 def load_images(data, data_root, size, channels):
     """(training images, held-out images), each uint8 (N, channels, size, size). Raises UserError.
@@ -280,26 +277,39 @@ def batch_indices(n, batch, seed, skip=0):
 
 def to_float(images, device):
     """uint8 (B, C, H, W) -> float in [-1, 1] on the device, without waiting for it."""
+    images = images.contiguous(memory_format=layout(device))
     if device.type == "cuda":
-        images = images.contiguous().pin_memory()  # only pinned memory is copied in the background
-    x = images.to(device, non_blocking=True).float() / 127.5 - 1
-    return x.contiguous(memory_format=layout(device))
+        images = images.pin_memory()  # only pinned memory is copied in the background
+    return images.to(device, non_blocking=True).float() / 127.5 - 1
 
 # ---- 3. Blocks: one set for the encoder, the decoder and the UNet -------------------------------
 # ResNet block and attention as in DDPM (Ho et al. 2020, arXiv 2006.11239, appendix B). Time
 # embedding, attention, skip and resampling are each switched by an argument.
-def group_norm(c):
-    return nn.GroupNorm(math.gcd(32, c), c)
-def norm_silu_conv(c_in, c_out):
-    return nn.Sequential(group_norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
-
+class GroupNorm(nn.GroupNorm):
+    """(B, c, H, W) -> the same shape. nn.GroupNorm would copy channels_last memory to NCHW and
+    back; from these formulas torch.compile makes two kernels that read each value once."""
+    def __init__(self, c):
+        super().__init__(math.gcd(32, c), c)
+    def forward(self, x):
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        x, size = x.float(), self.num_channels // self.num_groups
+        pool = lambda v: v.mean((2, 3)).unflatten(1, (-1, size)).mean(2)        # (B, groups)
+        each = lambda v: v.repeat_interleave(size, dim=1)                       # (B, c)
+        mean = pool(x)
+        scale = each((pool(x.square()) - mean.square() + self.eps).rsqrt()) * self.weight
+        shift = self.bias - each(mean) * scale
+        return x * scale[:, :, None, None] + shift[:, :, None, None]
+def norm_silu_conv(c_in, c_out, bias=True):
+    return nn.Sequential(GroupNorm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, 1, 1, bias=bias))
 class TimeEmbedding(nn.Module):
     """Steps t (B,) -> (B, t_dim): sinusoids of geometric wavelengths, then an MLP."""
     def __init__(self, dim, t_dim):
         super().__init__()
         freqs = 10000 ** (-torch.arange(dim // 2) / (dim // 2))
         self.register_buffer("freqs", freqs, persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(dim // 2 * 2, t_dim), nn.SiLU(), nn.Linear(t_dim, t_dim))
+        self.mlp = nn.Sequential(nn.Linear(dim // 2 * 2, t_dim), nn.SiLU(),
+                                 nn.Linear(t_dim, t_dim), nn.SiLU())
     def forward(self, t):
         angles = t[:, None].float() * self.freqs                                # (B, dim / 2)
         return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=1))         # (B, t_dim)
@@ -308,9 +318,10 @@ class ResBlock(nn.Module):
     """(B, c_in, H, W) -> (B, c_out, H, W): two convolutions and a way around them."""
     def __init__(self, c_in, c_out, t_dim=None):
         super().__init__()
-        self.conv1, self.conv2 = norm_silu_conv(c_in, c_out), norm_silu_conv(c_out, c_out)
-        self.time = nn.Sequential(nn.SiLU(), nn.Linear(t_dim, c_out)) if t_dim else None
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.conv1 = norm_silu_conv(c_in, c_out, bias=False)  # the next norm brings a bias
+        self.conv2 = norm_silu_conv(c_out, c_out, bias=False)
+        self.time = nn.Linear(t_dim, c_out) if t_dim else None
+        self.skip = nn.Conv2d(c_in, c_out, 1, bias=False) if c_in != c_out else nn.Identity()
         nn.init.zeros_(self.conv2[-1].weight)  # starts near the identity, which trains at once
     def forward(self, x, t_emb=None):
         h = self.conv1(x)
@@ -322,16 +333,16 @@ class Attention(nn.Module):
     """(B, c, h, w) -> the same shape: every position looks at every other one; residual."""
     def __init__(self, c, heads):
         super().__init__()
-        self.heads, self.norm = heads, group_norm(c)
+        self.heads, self.norm = heads, GroupNorm(c)
         self.qkv, self.proj = nn.Linear(c, 3 * c), nn.Linear(c, c)
         nn.init.zeros_(self.proj.weight)
     def forward(self, x):
         B, c, h, w = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)                        # (B, h*w, c)
-        q, k, v = (self.qkv(tokens).view(B, h * w, 3, self.heads, c // self.heads)
-                   .permute(2, 0, 3, 1, 4))                                     # (B, heads, h*w, d)
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2)
+                   for part in self.qkv(tokens).chunk(3, dim=2))                # (B, heads, h*w, d)
         out = F.scaled_dot_product_attention(q, k, v)  # fused: no (h*w, h*w) matrix in memory
-        out = self.proj(out.transpose(1, 2).reshape(B, h * w, c))
+        out = self.proj(out.transpose(1, 2).flatten(2))                         # (B, h*w, c)
         return x + out.transpose(1, 2).view(B, c, h, w)
 
 class Layers(nn.Module):
@@ -368,11 +379,12 @@ class UpBlock(nn.Module):
     """(B, c_in, h, w), maybe a skip (B, c_skip, 2h, 2w) -> (B, c_out, 2h, 2w); up=False: h, w."""
     def __init__(self, c_in, c_out, layers, t_dim=None, heads=0, up=True, c_skip=0):
         super().__init__()  # nearest + conv: transposed convolutions leave checkerboards
-        self.up = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c_in, c_in, 3, padding=1)
-                                ) if up else nn.Identity()
+        self.up = nn.Conv2d(c_in, c_in, 3, padding=1) if up else None
         self.layers = Layers(c_in + c_skip, c_out, layers, t_dim, heads)
     def forward(self, x, t_emb=None, skip=None):
-        x = self.up(x)
+        if self.up is not None:  # each value twice; unlike nn.Upsample's, the gradient is a sum
+            x = x.movedim(1, -1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
+            x = self.up(x.flatten(3, 4).flatten(1, 2).movedim(-1, 1))           # (B, c_in, 2h, 2w)
         return self.layers(x if skip is None else torch.cat([x, skip], dim=1), t_emb)
 
 # ---- 4. Autoencoders: VQVAE and VAE differ only in what happens to the latent --------------------
@@ -617,14 +629,16 @@ class UNet(nn.Module):
     """z_t (B, D, h, w), t (B,) -> prediction (B, D, h, w); 2 ** downs must divide h and w."""
     def __init__(self, z_channels=4, widths=(192, 256, 384, 512), downs=3, layers=2):
         super().__init__()
-        t_dim, c = 4 * widths[0], widths[-1]
+        t_dim = 4 * widths[0]
         self.time = TimeEmbedding(widths[0], t_dim)
         self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
         pairs = [(a, b, i < downs) for i, (a, b) in enumerate(zip(widths, widths[1:]))]
         self.downs = nn.ModuleList(DownBlock(a, b, layers, t_dim, 4, half) for a, b, half in pairs)
-        self.mid = MidBlock(c, c, layers, t_dim)
-        self.ups = nn.ModuleList(UpBlock(b, a, layers, t_dim, 4, half, c_skip=a)
-                                 for a, b, half in reversed(pairs))
+        self.mid = MidBlock(widths[-1], widths[-2], layers, t_dim)
+        # the width falls before the resolution rises: wide layers are cheap where there are few
+        outs = widths[:1] + widths[:-2]
+        self.ups = nn.ModuleList(UpBlock(a, out, layers, t_dim, 4, half, c_skip=a)
+                                 for (a, _, half), out in reversed([*zip(pairs, outs)]))
         self.out = norm_silu_conv(widths[0], z_channels)
         nn.init.zeros_(self.out[-1].weight)
     def forward(self, z_t, t):
@@ -633,11 +647,10 @@ class UNet(nn.Module):
         for down in self.downs:
             skips.append(x)  # what goes into a down block comes back in its mirror image
             x = down(x, t_emb)
-        x = self.mid(x, t_emb)                                 # (B, widths[-1], h / 2 ** downs, ..)
+        x = self.mid(x, t_emb)                                 # (B, widths[-2], h / 2 ** downs, ..)
         for up in self.ups:
             x = up(x, t_emb, skips.pop())
         return self.out(x).float()
-
 @torch.no_grad()
 def update_ema(ema, model, step, limit):
     """ema = decay ema + (1 - decay) model. The decay rises from 0.1, or the start would stay."""
@@ -663,14 +676,18 @@ def sample_images(unet, scheduler, space, shape, n, seed, sampler="dpm", steps=3
     """Noise -> `n` images (n, C, H, W) in [-1, 1], on the CPU; shape: of a latent, (D, h, w).
     Image i has a noise generator of its own, so it does not depend on n or batch. `trace`, a
     list, gets (z_t, estimate of z0) of the first batch, step by step."""
-    device, images, line = space.mean.device, [], ProgressLine()
+    device, net, images = space.mean.device, unet, []
     for i in range(0, n, batch):
         own = [torch.Generator().manual_seed(seed * 1_000_003 + k) for k in range(n)[i:i + batch]]
         noise = lambda: torch.stack([torch.randn(shape, generator=g) for g in own]).to(device)
         z_t, last = noise(), None
         with autocast(device, dtype):
+            t_now = torch.zeros(len(own), device=device)
+            if device.type == "cuda" and (i == 0 or len(own) < batch):
+                # a CUDA graph: one launch from Python for each pass, instead of a thousand
+                net = torch.cuda.make_graphed_callables(lambda *a: unet(*a), (z_t.clone(), t_now))
             for t, t_prev in scheduler.timesteps(steps):
-                pred = unet(z_t, torch.full((len(z_t),), t, device=device))
+                pred = net(z_t, t_now.fill_(t))
                 z0, eps = scheduler.z0_and_eps(pred, z_t, t)
                 if trace is not None and i == 0:
                     trace.append((z_t, z0))
@@ -682,7 +699,7 @@ def sample_images(unet, scheduler, space, shape, n, seed, sampler="dpm", steps=3
                     z_t = scheduler.dpm_step(z0, z_t, t, t_prev, last)
                 last = (t, z0)
             images.append(space.decode(z_t).cpu())
-        line.show(f"{min(i + batch, n)}/{n} images", last=i + batch >= n)
+        progress(f"{min(i + batch, n)}/{n} images", last=i + batch >= n)
     return torch.cat(images)
 
 # ---- 9. Runs: a folder with checkpoints, a log, curves and pictures ------------------------------
@@ -700,7 +717,6 @@ def new_file(path):
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
 def load_checkpoint(path, stage):
     """The dict that Run.save wrote. Raises UserError if it is missing, damaged or another kind."""
     if not path.is_file():
@@ -712,21 +728,17 @@ def load_checkpoint(path, stage):
     except Exception as error:
         raise UserError(f"{path.resolve()} is damaged or no checkpoint of train-{stage} "
                         f"({type(error).__name__}): delete it to train anew") from error
-
 def fingerprint(*things):
     """A name for tensors and plain values: equal ones, equal name."""
     raw = (x.cpu().numpy().tobytes() if torch.is_tensor(x) else repr(x).encode() for x in things)
     return hashlib.sha256(b" ".join(raw)).hexdigest()[:16]
-
-class ProgressLine:
+def progress(text, last=False, shown=[-math.inf]):
     """A line that renews itself in a terminal; elsewhere a plain line every ten seconds."""
-    printed = -math.inf
-    def show(self, text, last):
-        if sys.stdout.isatty():
-            print(f"\r\x1b[K{text}", end="\n" if last else "", flush=True)
-        elif last or time.perf_counter() > self.printed + 10:
-            self.printed = time.perf_counter()
-            print(text, flush=True)
+    if sys.stdout.isatty():
+        print(f"\r\x1b[K{text}", end="\n" if last else "", flush=True)
+    elif last or time.perf_counter() > shown[0] + 10:
+        shown[0] = time.perf_counter()
+        print(text, flush=True)
 
 class Run:
     """One training stage in its run folder: starts or resumes, logs, saves, stops on Ctrl-C.
@@ -735,8 +747,7 @@ class Run:
     def __init__(self, cfg, stage, device, dtype, parts, **extra):
         self.cfg, self.stage, self.parts, self.extra = cfg, stage, parts, extra
         self.dir, self.path = Path(cfg.out), Path(cfg.out, f"{stage}.pt")
-        self.step, self.sums, self.line = 0, {}, ProgressLine()
-        self.stopping, self.last, self.fused = False, False, device.type == "cuda"
+        self.step, self.sums, self.stopping, self.last = 0, {}, False, False
         self.nets = {k: part for k, part in parts.items() if isinstance(part, nn.Module)}
         size = {k: f"{sum(w.numel() for w in net.parameters()) / 1e6:.2f} M"
                 for k, net in self.nets.items()}
@@ -754,8 +765,6 @@ class Run:
             raise UserError(f"{self.path} belongs to another ae.pt: delete it or change --out")
         for name, part in self.parts.items():
             state = ckpt["parts"][name]
-            for group in state.get("param_groups", ()):
-                group["fused"] = self.fused  # the device may be another one now
             if state:  # a GradScaler that is off has none
                 part.load_state_dict(state)
         self.step = ckpt["step"]
@@ -767,13 +776,12 @@ class Run:
             self.stopping = True  # a second Ctrl-C kills
             signal.signal(signal.SIGINT, signal.default_int_handler)
         handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        adams = [p for p in self.parts.values() if isinstance(p, torch.optim.Adam)]
         self.tick = self.step, time.perf_counter()
         try:
             while self.step < self.cfg.steps and not self.last:
                 self.last = self.stopping or self.step + 1 == self.cfg.steps
                 torch.manual_seed(self.cfg.seed * 1_000_003 + self.step)
-                for group in (g for adam in adams for g in adam.param_groups):
+                for group in sum([getattr(p, "param_groups", []) for p in self.parts.values()], []):
                     group["lr"] = self.cfg.lr * min(1, (self.step + 1) / max(1, self.cfg.warmup))
                 yield
         finally:
@@ -782,7 +790,8 @@ class Run:
         if self.step < self.cfg.steps:
             print(f"\nstopped at step {self.step} and saved {self.path}: the same command goes on")
             raise KeyboardInterrupt
-        print(f"trained: {self.path.resolve()}; curves.png and pictures/ are beside it")
+        print(f"trained: {self.path.resolve()}; curves.png and pictures/ are beside it; "
+              f"{torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB of GPU memory at the most")
     def due(self, *every):
         """Whether one of these intervals ends with this step; the last step ends all."""
         return self.last or any(self.step % k == 0 for k in every)
@@ -794,8 +803,8 @@ class Run:
     def log(self, **more):
         """A line on the screen and a row in the CSV: means since the last one.
         Raises UserError if one is not finite, before that can get into a checkpoint."""
-        values = {k: float(total) / count for k, (total, count) in self.sums.items()}
-        values |= {k: float(v) for k, v in more.items()}
+        means = {k: total / count for k, (total, count) in self.sums.items()}
+        values = {k: float(v) for k, v in (means | more).items()}
         bad = [f"{k} is {v}" for k, v in values.items() if not math.isfinite(v)]
         bad += [f"a weight of {k} is not finite" for k, net in self.nets.items()
                 if not sum(w.sum() for w in net.parameters()).isfinite()]
@@ -812,8 +821,8 @@ class Run:
         with new_file(path) as file:
             file.write("\n".join(lines).encode())
         losses = " ".join(f"{k} {v:.4g}" for k, v in values.items())
-        self.line.show(f"{self.stage} {self.step}/{self.cfg.steps}  {speed:.0f}/s  "
-                       f"{left // 60:.0f}:{left % 60:02.0f} left  {losses}", self.last)
+        progress(f"{self.stage} {self.step}/{self.cfg.steps}  {speed:.0f}/s  "
+                 f"{left // 60:.0f}:{left % 60:02.0f} left  {losses}", self.last)
         self.sums, self.tick = {}, (self.step, time.perf_counter())
     def save(self, picture, columns=8):
         """Writes the checkpoint, the curves and a picture (N, C, H, W) of how far it is."""
@@ -825,7 +834,6 @@ class Run:
             image_grid(picture, columns).save(file, "PNG")
         draw_curves(self.dir)
         self.tick = self.step, time.perf_counter()
-
 def read_csv(path):
     return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 def draw_curves(folder):
@@ -845,7 +853,6 @@ def draw_curves(folder):
         draw.line([at(*point) for point in zip(steps, values)], fill="#1f5fbf", width=2)
         draw.text((x, y - 14), f"{title}: {low:.4g} .. {high:.4g}, last {values[-1]:.4g}", "black")
     image.save(folder / "curves.png")
-
 def to_pil(x):
     """(C, H, W) in [-1, 1] -> PIL picture, rounded; PIL's own way with floats is to cut."""
     return TF.to_pil_image(((x.clamp(-1, 1) + 1) * 127.5).round().byte())
@@ -860,15 +867,12 @@ def latent_picture(z, size):
     return F.interpolate(z, size=(size, size))
 
 # ---- 10. Training, what both stages share --------------------------------------------------------
-def adam(net, betas, device):
-    return torch.optim.Adam(net.parameters(), betas=betas, fused=device.type == "cuda")
 def optimise(scaler, optimiser, net):
     """One step on the gradients at hand; their norm is held below 1."""
     scaler.unscale_(optimiser)
     nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     scaler.step(optimiser)  # with fp16: not if a gradient overflowed
     optimiser.zero_grad(set_to_none=True)
-
 def compile_networks(cfg, device, *nets):
     """--compile, by default on CUDA where Triton is there. In place: names in checkpoints stay."""
     auto = (device.type == "cuda" and importlib.util.find_spec("triton") is not None
@@ -876,7 +880,9 @@ def compile_networks(cfg, device, *nets):
     if auto if cfg.compile is None else cfg.compile:
         print("the first step compiles, for minutes; --no-compile starts at once, but is slower")
         for net in nets:
-            net.compile(dynamic=False)
+            # reduce-overhead: the kernels of a step are replayed as one CUDA graph, since Python is
+            # slower at launching them than the GPU at running them; gradients cannot add up in it
+            net.compile(dynamic=False, mode="reduce-overhead" if cfg.accum == 1 else "default")
 
 # ---- 11. Stage 1: the autoencoder ----------------------------------------------------------------
 # VQGAN, arXiv 2012.09841, section 3.1: reconstruction + LPIPS + latent terms, and a GAN that
@@ -887,16 +893,16 @@ def train_ae(cfg):
     lpips = LPIPS(Path(__file__).with_name("lpips_weights.pth")) if cfg.perceptual_weight else None
     images, held = load_images(cfg.data, cfg.data_root, cfg.size, cfg.channels)
     torch.manual_seed(cfg.seed)
-    ae, disc = build_autoencoder(asdict(cfg)), PatchGAN(cfg.channels)
-    for net in filter(None, (ae, disc, lpips)):
+    ae, disc = nets = build_autoencoder(asdict(cfg)), PatchGAN(cfg.channels)
+    for net in filter(None, (*nets, lpips)):
         net.to(device, memory_format=layout(device))
-    opt, opt_d = (adam(net, (0.5, 0.9), device) for net in (ae, disc))
+    opt, opt_d = (torch.optim.Adam(n.parameters(), betas=(0.5, 0.9), fused=True) for n in nets)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(cfg, "ae", device, dtype, dict(ae=ae, disc=disc, opt=opt, opt_d=opt_d, scaler=scaler))
     order = batch_indices(len(images), cfg.batch, cfg.seed, skip=run.step * cfg.accum)
     preview = to_float(held[:16], device)
-    names = "recon", "codebook", "commit", "kl", "perceptual"
-    weights = {name: getattr(cfg, f"{name}_weight") for name in names}
+    weights = {name: getattr(cfg, f"{name}_weight") for name in
+               ("recon", "codebook", "commit", "kl", "perceptual")}
     compile_networks(cfg, device, *filter(None, (ae, lpips)))
 
     for _ in run.loop():
@@ -947,7 +953,6 @@ def train_ae(cfg):
         if run.due(cfg.save_every):  # picture rows: images, reconstructions, latents
             rows = preview, x_rec, latent_picture(z, cfg.size)
             run.save(torch.cat([r[:8].expand(-1, 3, -1, -1) for r in rows]), len(preview[:8]))
-
 def psnr(x_rec, x):
     """Peak signal-to-noise ratio (B,) in dB of images in [-1, 1]."""
     return 10 * torch.log10(4 / (x_rec - x).square().mean((1, 2, 3)).clamp(min=1e-10))
@@ -962,22 +967,20 @@ def codebook_use(picks):
 def load_latents(cfg, ae, ae_name, images, device, dtype):
     """Latents of the images (with cfg.flip, mirrored too), (N, D, h, w) float16 on the device.
     From <out>/latents.pt if that is of this autoencoder and these images, else encoded."""
-    def encode(flips):
-        latents, line = [], ProgressLine()
-        for flip, i in ((flip, i) for flip in flips for i in range(0, len(images), 64)):
-            x = to_float(images[i:i + 64], device)
+    def encode(i, flip):
+        progress(f"encoding {i}/{len(images)}{', mirrored' * flip}")
+        x = to_float(images[i:i + 64], device)
+        with autocast(device, dtype):
             x = x.flip(3) if flip else x
-            with autocast(device, dtype):
-                latents.append((ae.encode(x) if ae else x).half())
-            line.show(f"encoding {i + len(x)}/{len(images)}", last=i + len(x) == len(images))
-        return torch.cat(latents)
+            return (ae.encode(x) if ae else x).half()
     path = Path(cfg.out, "latents.pt")
     name = fingerprint(ae_name, cfg.flip, images.shape, images[::max(1, len(images) // 64)])
     try:
         cache = torch.load(path, map_location=device, weights_only=True)
         assert cache["name"] == name
     except Exception:  # not there, damaged, of another autoencoder or of other images
-        cache = {"name": name, "latents": encode((False, True) if cfg.flip else (False,))}
+        parts = itertools.product((False, True)[:1 + cfg.flip], range(0, len(images), 64))
+        cache = {"name": name, "latents": torch.cat([encode(i, flip) for flip, i in parts])}
         with new_file(path) as file:
             torch.save(cache, file)
     return cache["latents"]
@@ -1005,7 +1008,7 @@ def train_ldm(cfg):
     unet.to(device, memory_format=layout(device))
     ema = copy.deepcopy(unet).requires_grad_(False)
     scheduler = NoiseScheduler(schedule=cfg.schedule, target=cfg.target).to(device)
-    opt = adam(unet, (0.9, 0.99), device)
+    opt = torch.optim.Adam(unet.parameters(), betas=(0.9, 0.99), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(cfg, "ldm", device, dtype, dict(unet=unet, ema=ema, opt=opt, scaler=scaler), ae=part,
               ae_name=ae_name, mean=mean.cpu(), std=std.cpu(), shape=shape)
@@ -1041,7 +1044,6 @@ def find_run(cfg, *stages):
                         "(demo, or train-ae and train-ldm) or name a run folder with --out")
     newest = lambda p: max(q.stat().st_mtime for q in p.parent.glob("*.pt"))
     return max(found, key=lambda p: (newest(p), p.stem == stages[0]))
-
 def load_ldm(path, device):
     """(UNet, scheduler, latent space, latent shape), as sample_images takes them; settings."""
     ckpt = load_checkpoint(path, "ldm")
@@ -1075,8 +1077,7 @@ def sample(cfg):
 def save_progress(trace, space, folder):
     """progress.png, per image three rows: z_t, z_t decoded, the guess of z0 decoded; and a GIF."""
     trace = trace + [2 * trace[-1][1:]]  # the last z0 is the sample
-    def pick(n):
-        return [trace[k] for k in np.linspace(0, len(trace) - 1, n).round().astype(int)]
+    pick = lambda n: [trace[k] for k in np.linspace(0, len(trace) - 1, n).round().astype(int)]
     rows = []
     for i in range(min(4, len(trace[0][0]))):
         z_t, z0 = (torch.stack([z[i] for z in column]) for column in zip(*pick(8)))
@@ -1131,8 +1132,8 @@ def evaluate(cfg):
         table["PSNR, dB"] = psnr(x_rec, x).mean()
     if ae and c["ae"] == "vq":
         codes = batched(lambda x: ae.quantise(ae.encode(x))[1], x).flatten()
-        use = codebook_use(torch.bincount(codes, minlength=c["codebook_size"]))
-        table["codes in use, %"], table["perplexity"] = use
+        table["codes in use, %"], table["perplexity"] = codebook_use(
+            torch.bincount(codes, minlength=c["codebook_size"]))
     if lpips:
         real, others = features(x), features(to_float(train[:len(held)], torch.device("cpu")))
         table["FD, as many training images"] = frechet_distance(others, real)
@@ -1143,8 +1144,8 @@ def evaluate(cfg):
         n, name = cfg.n or 2000, f"FD, {cfg.n or 2000} samples ({cfg.sampler}, {cfg.steps} steps)"
         fake = sample_images(*model, n, cfg.seed, cfg.sampler, cfg.steps, cfg.batch, dtype)
         table[name] = frechet_distance(features(fake), real)
-    print(f"{path.resolve()} on {len(held)} held-out images, side {config['size']}")
-    print("\n".join(f"  {name:42} {float(value):.4g}" for name, value in table.items()))
+    print(f"{path.resolve()} on {len(held)} held-out images, side {config['size']}",
+          *(f"  {name:42} {float(value):.4g}" for name, value in table.items()), sep="\n")
     print("FD: Frechet distance of VGG16 relu5_3 features; this is not the published Inception FID")
     return table
 
@@ -1154,7 +1155,6 @@ def demo(cfg):
     train_ae(resolve(AEConfig, asdict(cfg)))
     train_ldm(resolve(LDMConfig, asdict(cfg)))
     sample(resolve(SampleConfig, asdict(cfg) | {"n": 64, "progress": True}))
-
 COMMANDS = {  # name: (settings, function, help)
     "train-ae": (AEConfig, train_ae, "stage 1: train the autoencoder"),
     "train-ldm": (LDMConfig, train_ldm, "stage 2: train the diffusion model on its latents"),
