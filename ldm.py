@@ -17,8 +17,8 @@ Letters, the same in papers, code and tests:
   z_e, z_q latent before, after quantising   z0 clean, z_t noisy latent   t step, 0 .. T-1
 The table of contents: grep "^# ----" ldm.py
 """
-import argparse, contextlib, copy, csv, hashlib, importlib.util
-import itertools, math, os, signal, sys, time
+import argparse, contextlib, copy, csv, hashlib, importlib.util, io
+import itertools, math, os, signal, sys, time, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -98,7 +98,6 @@ class SampleConfig(RunConfig):
     steps: int = flag(30, "denoising steps", lo=1, hi=1000)
     save_images: bool = flag(False, "also write each image as a PNG")
     progress: bool = flag(False, "also write the denoising as a strip and a GIF")
-
 PRESETS = {  # (data set, command): what differs from the defaults above
     ("toyfaces", AEConfig): dict(
         size=32, steps=2500, lr=2e-3, warmup=50, layers=1, widths=(16, 32, 32), z_channels=3,
@@ -138,6 +137,8 @@ def resolve(cls, given):
         unit = max(8, 2 ** halvings)
         require(cfg.size % 2 ** halvings == 0, "size", cfg.size, f"--widths halves it {halvings} "
                 f"times, so give a multiple of {unit}, like {max(1, cfg.size // unit) * unit}")
+        require(cfg.batch > 1 or cfg.size >= 16 or not cfg.gan_weight, "batch", cfg.batch,
+                "batch norm cannot take one value: give 2, or --size 16, or --gan-weight 0")
         late = cfg.disc_start >= cfg.steps
         require(not late or "disc_start" not in given, "disc_start", cfg.disc_start,
                 f"is past --steps {cfg.steps}; --gan-weight 0 trains without")
@@ -156,8 +157,7 @@ def pick_device(cfg):
     return torch.device(name), {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 def autocast(device, dtype):
     return torch.autocast(device.type, dtype, dtype is not None, cache_enabled=False)  # for graphs
-def layout(device):
-    """channels_last is what tensor cores want; on MPS its BatchNorm is wrong (pytorch#175189)."""
+def layout(device):  # tensor cores want channels_last; on MPS BatchNorm fails then (pytorch#175189)
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 # ---- 2. Data: everything becomes one uint8 tensor (N, C, H, W) ----------------------------------
@@ -167,7 +167,6 @@ CELEBHQ = ("celebhq", "celeba_hq", "celeba-hq", "CelebA-HQ", "CelebAMask-HQ/Cele
 BACK = (150, 205, 240), (250, 214, 150), (186, 230, 180), (240, 180, 190), (206, 190, 240)
 SKIN = (255, 224, 196), (240, 200, 160), (214, 160, 118), (160, 108, 72), (110, 72, 48)
 HAIR = (30, 26, 24), (104, 62, 32), (232, 196, 92), (190, 74, 36), (168, 168, 172), (84, 92, 200)
-
 def toyfaces(indices, size=32):
     """Cartoon faces (len(indices), 3, size, size), uint8. Index i is always the same face.
     Background, skin, hair (6 colours, short or long), eyes, mouth, shirt and head shape vary."""
@@ -199,7 +198,6 @@ def toyfaces(indices, size=32):
     lips = torch.maximum(lips, (x - cx).abs() - 0.22)
     paint(torch.where(mood == 3, ellipse(cx, cy + 0.38, 0.13, 0.11), lips), (150, 40, 50))
     return img.round().to(torch.uint8)
-
 def decode_image(path, size, channels):
     """Any picture PIL reads -> uint8 array (size, size, channels): the centre square, upright.
     Transparency goes over white, 16 bits become 8. Raises what PIL raises on a broken file."""
@@ -220,7 +218,12 @@ def load_folder(folder, size, channels, cache_folder):
     UserError if there is none to read."""
     require(folder.is_dir(), "data", folder, "neither toyfaces, mnist or celebhq nor a folder")
     known = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = [Path(d, f) for d, _, names in os.walk(folder) for f in names if f[0] != "."]
+    files, seen = [], set()
+    for d, subfolders, names in os.walk(folder, onerror=print, followlinks=True):
+        if (real := os.path.realpath(d)) in seen:  # symbolic links may lead in circles
+            names = subfolders[:] = []
+        files += [Path(d, f) for f in names if f[0] != "."]
+        seen.add(real)
     paths = sorted(f for f in files if f.suffix.lower() in known)
     require(paths, "data", folder, f"no images among {len(files)} files in and below it")
     stamp = [(str(p), os.lstat(p).st_size, os.lstat(p).st_mtime_ns) for p in paths]
@@ -231,15 +234,16 @@ def load_folder(folder, size, channels, cache_folder):
         except Exception as error:  # PIL raises a dozen kinds
             print(f"skipped, unreadable: {str(path)!r} ({error})")
             return b""
-    if not cache.exists():
+    if not cache.exists() or zlib.crc32(np.memmap(cache)) != 0x2144DF1C:  # as its own CRC ends it
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))
         with new_file(cache) as file, ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-            bad = 0  # threads do, for PIL frees the interpreter lock; more would queue for it
+            bad = crc = 0  # threads do, for PIL frees the interpreter lock; more would queue for it
             for i, data in enumerate(pool.map(decode, [paths[k] for k in order]), 1):
-                bad += file.write(data) == 0
+                bad, crc = bad + (file.write(data) == 0), zlib.crc32(data, crc)
                 progress(f"decoding {i}/{len(paths)} images, {bad} unreadable", i == len(paths))
             require(bad < len(paths), "data", folder, f"none of its {bad} images is readable")
-    images = torch.from_file(str(cache), size=cache.stat().st_size, dtype=torch.uint8)
+            file.write(crc.to_bytes(4, "little"))
+    images = torch.from_file(str(cache), size=cache.stat().st_size - 4, dtype=torch.uint8)
     return images.view(-1, size, size, channels).permute(0, 3, 1, 2)
 
 def load_images(data, data_root, size, channels):
@@ -264,17 +268,13 @@ def load_images(data, data_root, size, channels):
     require(len(images) > 1, "data", data, "one image is not enough to train on and to hold out")
     held = min(1000, -(-len(images) // 10))
     return images[:-held], images[-held:]
-
 def batch_indices(n, batch, seed, skip=0):
     """Endless index tensors (batch,) of shuffled epochs in a row, without the first `skip`."""
-    g, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
-    for k in itertools.count():
-        while len(order) < batch:
-            order = torch.cat([order, torch.randperm(n, generator=g)])
-        if k >= skip:
-            yield order[:batch]
-        order = order[batch:]
-
+    g = torch.Generator().manual_seed(seed)
+    epochs = (torch.randperm(n, generator=g).tolist() for _ in itertools.count())
+    stream = itertools.islice(itertools.chain.from_iterable(epochs), skip * batch, None)
+    while True:
+        yield torch.tensor(list(itertools.islice(stream, batch)))
 def to_float(images, device):
     """uint8 (B, C, H, W) -> float in [-1, 1] on the device, without waiting for it."""
     images = images.contiguous(memory_format=layout(device))
@@ -296,9 +296,8 @@ class GroupNorm(nn.GroupNorm):
         x, size = x.float(), self.num_channels // self.num_groups
         pool = lambda v: v.mean((2, 3)).unflatten(1, (-1, size)).mean(2)        # (B, groups)
         each = lambda v: v.repeat_interleave(size, dim=1)                       # (B, c)
-        mean = pool(x)
-        scale = each((pool(x.square()) - mean.square() + self.eps).rsqrt()) * self.weight
-        shift = self.bias - each(mean) * scale
+        scale = each((pool(x.square()) - pool(x).square() + self.eps).rsqrt()) * self.weight
+        shift = self.bias - each(pool(x)) * scale
         return x * scale[:, :, None, None] + shift[:, :, None, None]
 def norm_silu_conv(c_in, c_out, bias=True):
     return nn.Sequential(GroupNorm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, 1, 1, bias=bias))
@@ -470,7 +469,6 @@ class VAE(nn.Module):
         return self.encoder(x).float().chunk(2, dim=1)[0]
     def decode(self, z):
         return self.decoder(z).float()
-
 def build_autoencoder(config, weights=None):
     """VQVAE or VAE from an AEConfig as a dict; with weights: frozen."""
     shape = [config[k] for k in ("channels", "widths", "layers", "z_channels")]
@@ -489,13 +487,11 @@ def vgg16_weights():
     Raises UserError where there is neither."""
     url = models.VGG16_Weights.IMAGENET1K_V1.url
     try:
-        state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
-                                                   weights_only=True)
-        return {k: v.float() for k, v in state.items() if k.startswith("features.")}
+        w = torch.hub.load_state_dict_from_url(url, None, "cpu", check_hash=True, weights_only=True)
+        return {k: v.float() for k, v in w.items() if k.startswith("features.")}
     except Exception as error:
         raise UserError(f"LPIPS needs {Path(url).name} ({error}): go online, or put it in "
                         f"{torch.hub.get_dir()}/checkpoints, or give --perceptual-weight 0")
-
 class LPIPS(nn.Module):
     """Distance of two images as people see it: the `lpips` package with net="vgg", v0.1. Frozen.
     weights: file of the five trained 1x1 layers. vgg: state dict `features.*` (None: fetched)."""
@@ -507,9 +503,12 @@ class LPIPS(nn.Module):
         net.load_state_dict(vgg16_weights() if vgg is None else vgg, assign=True)
         cuts = (0, 4, 9, 16, 23, 30)  # slices end with relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
         self.slices = nn.ModuleList(net.features[a:b] for a, b in zip(cuts, cuts[1:]))
-        lins = torch.load(weights, map_location="cpu", weights_only=True)
-        for i in range(5):
-            self.register_buffer(f"lin{i}", lins[f"lin{i}.model.1.weight"])     # (1, c, 1, 1)
+        try:
+            lins = torch.load(weights, map_location="cpu", weights_only=True)
+            for i in range(5):
+                self.register_buffer(f"lin{i}", lins[f"lin{i}.model.1.weight"])     # (1, c, 1, 1)
+        except Exception as error:
+            raise UserError(f"{weights} is damaged ({error!r:.60}): fetch it again") from error
         # ImageNet's mean and deviation per channel, for images in [-1, 1]
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
@@ -523,11 +522,7 @@ class LPIPS(nn.Module):
             h = part(h)
             maps.append(h)
         return maps
-    @staticmethod
-    def unit(f):
-        """Each position's vector scaled to length 1; in float32, since squares overflow fp16."""
-        f = f.float()
-        return f / (f.square().sum(1, keepdim=True) + 1e-10).sqrt()  # inside: no NaN gradient at 0
+    unit = staticmethod(lambda f: F.normalize(f.float()))  # in float32: squares overflow fp16
     def forward(self, x, y):
         """x, y (B, 1 or 3, H, W) -> distances (B,), Eq. 1. No gradient goes into y."""
         maps_x = self.features(x)
@@ -554,7 +549,6 @@ class PatchGAN(nn.Module):
                 nn.init.normal_(layer.weight, 0.0, 0.02)  # as in the paper
     def forward(self, x):
         return self.net(x).float()
-
 def generator_loss(kind, fake):
     """What the autoencoder minimises, from the scores of its images."""
     return {"bce": F.softplus(-fake), "lsgan": (fake - 1).square(), "hinge": -fake}[kind].mean()
@@ -657,15 +651,12 @@ def update_ema(ema, model, step, limit):
     decay = min(limit, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
-class LatentSpace(nn.Module):
+class LatentSpace:
     """The latents that the UNet sees, (z - mean) / std per channel, and the way back to images.
     The schedule expects data of variance 1; an autoencoder's latents have any (arXiv 2112.10752,
     section G). Without an autoencoder this is pixel space, as in DDPM."""
     def __init__(self, ae, mean, std):
-        super().__init__()
-        self.ae = ae
-        self.register_buffer("mean", mean)                                      # (1, D, 1, 1)
-        self.register_buffer("std", std)
+        self.ae, self.mean, self.std = ae, mean, std                            # (1, D, 1, 1)
     def decode(self, z):
         z = z * self.std + self.mean
         return (self.ae.decode(z) if self.ae else z).clamp(-1, 1)
@@ -683,8 +674,7 @@ def sample_images(unet, scheduler, space, shape, n, seed, sampler="dpm", steps=3
         z_t, last = noise(), None
         with autocast(device, dtype):
             t_now = torch.zeros(len(own), device=device)
-            if device.type == "cuda" and (i == 0 or len(own) < batch):
-                # a CUDA graph: one launch from Python for each pass, instead of a thousand
+            if device.type == "cuda" and (i == 0 or len(own) < batch):  # one launch, not a thousand
                 net = torch.cuda.make_graphed_callables(lambda *a: unet(*a), (z_t.clone(), t_now))
             for t, t_prev in scheduler.timesteps(steps):
                 pred = net(z_t, t_now.fill_(t))
@@ -710,6 +700,8 @@ FREE = "out data_root steps device amp compile log_every save_every".split()  # 
 def new_file(path):
     """A file to write under a temporary name, renamed at the end: it is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob(f"{path.name}.*.tmp"):  # a killed run's; a living one writes on
+        old.stat().st_mtime < time.time() - 600 and old.unlink()
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(partial, "wb") as file:
@@ -717,17 +709,24 @@ def new_file(path):
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+def save_whole(path, thing):
+    torch.save(thing, buffer := io.BytesIO())  # torch would hide that a disk is full
+    with new_file(path) as file:
+        file.write(buffer.getbuffer())
+def load_whole(path, device="cpu"):
+    assert zipfile.ZipFile(path).testzip() is None  # checksums, which torch.load ignores
+    return torch.load(path, map_location=device, weights_only=True)  # nothing in it is executed
 def load_checkpoint(path, stage):
     """The dict that Run.save wrote. Raises UserError if it is missing, damaged or another kind."""
     if not path.is_file():
         raise UserError(f"{path.resolve()} is missing: first run train-{stage} for the same --out")
-    try:  # weights_only: nothing in the file is executed
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        assert ckpt["format"] == "ldm.py 1" and ckpt["stage"] == stage
+    try:
+        ckpt = load_whole(path)
+        assert ckpt["format"] == "ldm.py 2" and ckpt["stage"] == stage
         return ckpt
     except Exception as error:
-        raise UserError(f"{path.resolve()} is damaged or no checkpoint of train-{stage} "
-                        f"({type(error).__name__}): delete it to train anew") from error
+        raise UserError(f"{path.resolve()} is damaged, or no checkpoint of this train-{stage}"
+                        f" ({type(error).__name__}): delete it to train anew") from error
 def fingerprint(*things):
     """A name for tensors and plain values: equal ones, equal name."""
     raw = (x.cpu().numpy().tobytes() if torch.is_tensor(x) else repr(x).encode() for x in things)
@@ -756,6 +755,8 @@ class Run:
               f"  parameters {size}\n  settings {asdict(cfg)}")
         if self.path.exists():
             self.resume(load_checkpoint(self.path, stage))
+        else:
+            (self.dir / f"{stage}.csv").unlink(missing_ok=True)
     def resume(self, ckpt):
         for name, now in asdict(self.cfg).items():
             then = ckpt["config"].get(name)
@@ -785,13 +786,13 @@ class Run:
                     group["lr"] = self.cfg.lr * min(1, (self.step + 1) / max(1, self.cfg.warmup))
                 yield
         finally:
-            for s, handler in handlers.items():
-                signal.signal(s, handler)
+            list(map(signal.signal, handlers.keys(), handlers.values()))
         if self.step < self.cfg.steps:
             print(f"\nstopped at step {self.step} and saved {self.path}: the same command goes on")
             raise KeyboardInterrupt
-        print(f"trained: {self.path.resolve()}; curves.png and pictures/ are beside it; "
-              f"{torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB of GPU memory at the most")
+        peak = torch.cuda.max_memory_allocated() / 2 ** 30
+        print(f"trained: {self.path.resolve()}; curves.png and pictures/ are beside it"
+              + f"; {peak:.2f} GiB of GPU memory at the peak" * (peak > 0))
     def due(self, *every):
         """Whether one of these intervals ends with this step; the last step ends all."""
         return self.last or any(self.step % k == 0 for k in every)
@@ -805,6 +806,9 @@ class Run:
         Raises UserError if one is not finite, before that can get into a checkpoint."""
         means = {k: total / count for k, (total, count) in self.sums.items()}
         values = {k: float(v) for k, v in (means | more).items()}
+        if "scaler" in self.parts and self.parts["scaler"].is_enabled():
+            taken = [state["step"] for state in self.parts["opt"].state.values()]
+            values["skipped"] = self.step - float(taken[0])  # as a gradient overflowed in fp16
         bad = [f"{k} is {v}" for k, v in values.items() if not math.isfinite(v)]
         bad += [f"a weight of {k} is not finite" for k, net in self.nets.items()
                 if not sum(w.sum() for w in net.parameters()).isfinite()]
@@ -827,9 +831,8 @@ class Run:
     def save(self, picture, columns=8):
         """Writes the checkpoint, the curves and a picture (N, C, H, W) of how far it is."""
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        with new_file(self.path) as file:
-            torch.save({"format": "ldm.py 1", "stage": self.stage, "step": self.step,
-                        "config": asdict(self.cfg), "parts": parts, "extra": self.extra}, file)
+        save_whole(self.path, {"format": "ldm.py 2", "stage": self.stage, "step": self.step,
+                               "config": asdict(self.cfg), "parts": parts, "extra": self.extra})
         with new_file(self.dir / "pictures" / f"{self.stage}-{self.step:06d}.png") as file:
             image_grid(picture, columns).save(file, "PNG")
         draw_curves(self.dir)
@@ -880,8 +883,7 @@ def compile_networks(cfg, device, *nets):
     if auto if cfg.compile is None else cfg.compile:
         print("the first step compiles, for minutes; --no-compile starts at once, but is slower")
         for net in nets:
-            # reduce-overhead: the kernels of a step are replayed as one CUDA graph, since Python is
-            # slower at launching them than the GPU at running them; gradients cannot add up in it
+            # CUDA graphs: Python is too slow to launch the kernels; gradients cannot add up in them
             net.compile(dynamic=False, mode="reduce-overhead" if cfg.accum == 1 else "default")
 
 # ---- 11. Stage 1: the autoencoder ----------------------------------------------------------------
@@ -976,13 +978,12 @@ def load_latents(cfg, ae, ae_name, images, device, dtype):
     path = Path(cfg.out, "latents.pt")
     name = fingerprint(ae_name, cfg.flip, images.shape, images[::max(1, len(images) // 64)])
     try:
-        cache = torch.load(path, map_location=device, weights_only=True)
+        cache = load_whole(path, device)
         assert cache["name"] == name
     except Exception:  # not there, damaged, of another autoencoder or of other images
         parts = itertools.product((False, True)[:1 + cfg.flip], range(0, len(images), 64))
         cache = {"name": name, "latents": torch.cat([encode(i, flip) for flip, i in parts])}
-        with new_file(path) as file:
-            torch.save(cache, file)
+        save_whole(path, cache)
     return cache["latents"]
 
 def train_ldm(cfg):
@@ -1040,8 +1041,8 @@ def find_run(cfg, *stages):
     folders = [Path(cfg.out)] if cfg.out else Path("runs").glob("*")
     found = [f / f"{stage}.pt" for f in folders for stage in stages if (f / f"{stage}.pt").exists()]
     if not found:
-        raise UserError(f"no {stages[0]}.pt in {Path(cfg.out or 'runs').resolve()}: first train "
-                        "(demo, or train-ae and train-ldm) or name a run folder with --out")
+        raise UserError(f"no {stages[0]}.pt in {Path(cfg.out or 'runs').resolve()}: first train-ae"
+                        " and train-ldm, or name a run folder with --out")
     newest = lambda p: max(q.stat().st_mtime for q in p.parent.glob("*.pt"))
     return max(found, key=lambda p: (newest(p), p.stem == stages[0]))
 def load_ldm(path, device):
@@ -1051,9 +1052,9 @@ def load_ldm(path, device):
     unet = UNet(extra["shape"][0], *(config[k] for k in ("widths", "downs", "layers")))
     unet.load_state_dict(ckpt["parts"]["ema"])
     unet.to(device, memory_format=layout(device)).eval().requires_grad_(False)
-    ae = build_autoencoder(**extra["ae"]) if extra["ae"] else None
+    ae = build_autoencoder(**extra["ae"]).to(device) if extra["ae"] else None
     scheduler = NoiseScheduler(schedule=config["schedule"], target=config["target"])
-    space = LatentSpace(ae, extra["mean"], extra["std"]).to(device)
+    space = LatentSpace(ae, extra["mean"].to(device), extra["std"].to(device))
     return (unet, scheduler, space, extra["shape"]), config
 
 def sample(cfg):
@@ -1105,7 +1106,7 @@ def frechet_distance(a, b):
 def evaluate(cfg):
     """Prints and returns {figure: value}, of images held out from training. Raises UserError."""
     device, dtype = pick_device(cfg)
-    path, model = find_run(cfg, "ldm", "ae"), None
+    path, model, lpips = find_run(cfg, "ldm", "ae"), None, None
     if path.stem == "ldm":
         model, config = load_ldm(path, device)
         ae = model[2].ae
@@ -1118,7 +1119,6 @@ def evaluate(cfg):
     try:
         lpips = LPIPS(Path(__file__).with_name("lpips_weights.pth")).to(device)
     except UserError as error:
-        lpips = None
         print(f"without LPIPS and Frechet distances: {error}")
     def batched(net, *images):
         """Applies a network to images of the CPU, 32 at a time."""
@@ -1132,8 +1132,8 @@ def evaluate(cfg):
         table["PSNR, dB"] = psnr(x_rec, x).mean()
     if ae and c["ae"] == "vq":
         codes = batched(lambda x: ae.quantise(ae.encode(x))[1], x).flatten()
-        table["codes in use, %"], table["perplexity"] = codebook_use(
-            torch.bincount(codes, minlength=c["codebook_size"]))
+        picks = torch.bincount(codes, minlength=c["codebook_size"])
+        table["codes in use, %"], table["perplexity"] = codebook_use(picks)
     if lpips:
         real, others = features(x), features(to_float(train[:len(held)], torch.device("cpu")))
         table["FD, as many training images"] = frechet_distance(others, real)
@@ -1161,13 +1161,13 @@ COMMANDS = {  # name: (settings, function, help)
     "sample": (SampleConfig, sample, "make new images"),
     "eval": (SampleConfig, evaluate, "measure the autoencoder and the samples on held-out images"),
     "demo": (RunConfig, demo, "both stages and samples in a few minutes")}
-
 def build_parser():
     """A subcommand per entry of COMMANDS, a flag per field of its settings."""
     parser = argparse.ArgumentParser(prog="ldm.py", description="latent diffusion in one file")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command, (cls, _, help) in COMMANDS.items():
-        sub = subparsers.add_parser(command, help=help, description=help)
+        sub = subparsers.add_parser(command, help=help, description=help,
+                                    usage=f"ldm.py {command} [--help] [--FLAG VALUE ...]")
         for f in fields(cls):
             kind = dict(type=f.type, choices=f.metadata["choices"])
             kind = {bool: dict(action=argparse.BooleanOptionalAction),
