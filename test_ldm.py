@@ -244,7 +244,7 @@ def test_photos_held_sideways_come_out_upright(tmp_path, orientation, turn):
     got = ldm.decode_image(tmp_path / "a.jpg", 16, 3)
     assert np.array_equal(got, np.rot90(stored, turn))
 
-@pytest.mark.parametrize("w, h", [(1, 1), (5, 300), (300, 5), (48, 32)])
+@pytest.mark.parametrize("w, h", [(1, 1), (5, 300), (300, 5), (48, 32), (1, 5000)])
 def test_odd_sizes_give_the_centre_square(tmp_path, w, h):
     """Whatever the size, only the centre square is seen, nothing is squeezed."""
     pixels = np.full((h, w, 3), (0, 0, 255), np.uint8)
