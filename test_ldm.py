@@ -410,6 +410,12 @@ def test_group_norm_for_the_compiler_is_group_norm(monkeypatch):
     for plain, compiled in zip(*results):
         torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=1e-4)
 
+@pytest.mark.parametrize("c", [4, 8, 12, 16, 24, 48, 64, 128, 192, 512])
+def test_no_channel_is_normalised_alone(c):
+    """A group of one channel would take its mean away; there are at most 32 groups."""
+    groups = ldm.GroupNorm(c).num_groups
+    assert c % groups == 0 and c // groups >= 4 and groups <= 32
+
 def test_up_block_shows_its_convolution_each_value_twice():
     """Nearest neighbour: (B, c, h, w) -> (B, c, 2h, 2w)."""
     block, x = ldm.UpBlock(4, 8, 1), torch.randn(2, 4, 3, 5)
