@@ -155,8 +155,8 @@ def pick_device(cfg):
         amp = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
     require(amp != "fp16" or name != "cpu", "amp", amp, "needs a GPU; on a CPU use --amp off")
     return torch.device(name), {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype, dtype is not None, cache_enabled=False)  # for graphs
+def autocast(device, dtype):  # a CUDA graph cannot hold its cache of converted weights
+    return torch.autocast(device.type, dtype, dtype is not None, cache_enabled=False)
 def layout(device):  # tensor cores want channels_last; on MPS BatchNorm fails then (pytorch#175189)
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
@@ -213,9 +213,8 @@ def decode_image(path, size, channels):
         return np.array(img).reshape(size, size, channels)
 
 def load_folder(folder, size, channels, cache_folder):
-    """Decodes a folder once into a file of raw bytes and maps it: uint8 (N, channels, size, size).
-    A changed folder gets a new cache. Unreadable pictures are named, skipped, counted; it raises
-    UserError if there is none to read."""
+    """Decodes a folder once into a cache, anew when it changes: uint8 (N, channels, size, size).
+    Unreadable pictures are named, skipped, counted. Raises UserError if there are no others."""
     require(folder.is_dir(), "data", folder, "neither toyfaces, mnist or celebhq nor a folder")
     known = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files, seen = [], set()
@@ -234,7 +233,7 @@ def load_folder(folder, size, channels, cache_folder):
         except Exception as error:  # PIL raises a dozen kinds
             print(f"skipped, unreadable: {str(path)!r} ({error})")
             return b""
-    if not cache.exists() or zlib.crc32(np.memmap(cache)) != 0x2144DF1C:  # as its own CRC ends it
+    if not cache.exists() or zlib.crc32(np.memmap(cache)) != 0x2144DF1C:  # data + its CRC give that
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))
         with new_file(cache) as file, ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
             bad = crc = 0  # threads do, for PIL frees the interpreter lock; more would queue for it
@@ -286,10 +285,10 @@ def to_float(images, device):
 # ResNet block and attention as in DDPM (Ho et al. 2020, arXiv 2006.11239, appendix B). Time
 # embedding, attention, skip and resampling are each switched by an argument.
 class GroupNorm(nn.GroupNorm):
-    """(B, c, H, W) -> the same shape. nn.GroupNorm would copy channels_last memory to NCHW and
-    back; from these formulas torch.compile makes two kernels that read each value once."""
+    """(B, c, H, W) -> the same shape, in groups of 4 channels or more: alone, one would lose its
+    mean. Compiled, nn.GroupNorm copies channels_last to NCHW; these formulas read x twice."""
     def __init__(self, c):
-        super().__init__(math.gcd(32, max(1, c // 4)), c)  # alone, a channel would lose its mean
+        super().__init__(math.gcd(32, max(1, c // 4)), c)
     def forward(self, x):
         if not torch.compiler.is_compiling():
             return super().forward(x)
@@ -494,7 +493,7 @@ def vgg16_weights():
                         f"{torch.hub.get_dir()}/checkpoints, or give --perceptual-weight 0")
 class LPIPS(nn.Module):
     """Distance of two images as people see it: the `lpips` package with net="vgg", v0.1. Frozen.
-    weights: file of the five trained 1x1 layers. vgg: state dict `features.*` (None: fetched)."""
+    weights: file of the five 1x1 layers. vgg: `features.*` weights or None. Raises UserError."""
     def __init__(self, weights="lpips_weights.pth", vgg=None):
         super().__init__()
         with torch.device("meta"):  # no memory and no random numbers: the weights come next
@@ -695,13 +694,13 @@ def sample_images(unet, scheduler, space, shape, n, seed, sampler="dpm", steps=3
 # ---- 9. Runs: a folder with checkpoints, a log, curves and pictures ------------------------------
 # A stopped run goes on with the same command: batches and noise depend on seed and step alone.
 FREE = "out data_root steps device amp compile log_every save_every".split()  # may change on resume
-
 @contextlib.contextmanager
 def new_file(path):
     """A file to write under a temporary name, renamed at the end: it is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(f"{path.name}.*.tmp"):  # a killed run's; a living one writes on
-        old.stat().st_mtime < time.time() - 600 and old.unlink()
+    for old in path.parent.glob(f"{path.name}.*.tmp"):
+        if old.stat().st_mtime < time.time() - 600:  # a killed run's; a living one writes on
+            old.unlink(missing_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(partial, "wb") as file:
@@ -806,9 +805,9 @@ class Run:
         Raises UserError if one is not finite, before that can get into a checkpoint."""
         means = {k: total / count for k, (total, count) in self.sums.items()}
         values = {k: float(v) for k, v in (means | more).items()}
-        if "scaler" in self.parts and self.parts["scaler"].is_enabled():
-            taken = [state["step"] for state in self.parts["opt"].state.values()]
-            values["skipped"] = self.step - float(taken[0])  # as a gradient overflowed in fp16
+        if self.parts["scaler"].is_enabled():
+            taken = next(iter(self.parts["opt"].state.values()))["step"]
+            values["skipped"] = self.step - float(taken)  # as a gradient overflowed in fp16
         bad = [f"{k} is {v}" for k, v in values.items() if not math.isfinite(v)]
         bad += [f"a weight of {k} is not finite" for k, net in self.nets.items()
                 if not sum(w.sum() for w in net.parameters()).isfinite()]
@@ -1128,10 +1127,11 @@ def evaluate(cfg):
     features = lambda x: batched(lambda p: lpips.features(p)[-1].float().mean((2, 3)), x)
     x, table = to_float(held, torch.device("cpu")), {}
     if ae:
-        x_rec = batched(lambda x: ae.decode(ae.encode(x)).clamp(-1, 1), x)
+        z = batched(ae.encode, x)
+        x_rec = batched(lambda z: ae.decode(z).clamp(-1, 1), z)
         table["PSNR, dB"] = psnr(x_rec, x).mean()
     if ae and c["ae"] == "vq":
-        codes = batched(lambda x: ae.quantise(ae.encode(x))[1], x).flatten()
+        codes = batched(lambda z: ae.quantise(z)[1], z).flatten()
         picks = torch.bincount(codes, minlength=c["codebook_size"])
         table["codes in use, %"], table["perplexity"] = codebook_use(picks)
     if lpips:
