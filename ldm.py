@@ -1,7 +1,8 @@
 """ldm.py: unconditional latent diffusion from scratch, in one readable file.
 
-A diffusion model that works on pixels spends most of its compute on details nobody sees. Latent
-diffusion (Rombach et al. 2022, arXiv 2112.10752) splits the work in two:
+A diffusion model makes images out of noise by removing a little of it, many times. In pixel space
+nearly all of that work goes into details that nobody sees. Latent diffusion (Rombach et al. 2022,
+arXiv 2112.10752) therefore splits it in two:
 
   stage 1  an autoencoder learns to turn an image x into a small latent z, and back    (train-ae)
   stage 2  a diffusion model learns to make new z out of noise; decoding them gives x  (train-ldm)
@@ -17,8 +18,8 @@ Letters, the same in papers, code and tests:
   z_e, z_q latent before, after quantising   z0 clean, z_t noisy latent   t step, 0 .. T-1
 The table of contents: grep "^# ----" ldm.py
 """
-import argparse, contextlib, copy, csv, hashlib, importlib.util, io
-import itertools, math, os, signal, sys, time, zipfile, zlib
+import argparse, contextlib, copy, csv, hashlib, importlib.util, io, itertools, math, os
+import signal, sys, time, warnings, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -33,12 +34,13 @@ from torchvision.transforms import functional as TF
 
 # ---- 1. Settings: every default, its range and its help ----------------------------------------
 # A dataclass per subcommand; the command line is made from its fields. The defaults are the
-# recipe for 256x256 photos (celebhq, or your own folder); PRESETS holds what other data changes.
+# recipe for 256x256 photos (celebhq, or your own folder); toyfaces=, mnist= say what differs there.
 class UserError(Exception):
     """A mistake that the user can repair: main() prints its sentence and exits with code 2."""
-def flag(default, help, choices=None, lo=None, hi=math.inf):
-    return field(default=default, metadata=dict(help=help, choices=choices, lo=lo, hi=hi))
-
+def flag(default, help, choices=None, lo=None, hi=math.inf, **presets):
+    """A setting: its help, its choices or its range lo .. hi, the defaults of other data sets."""
+    return field(default=default, metadata=dict(help=help, choices=choices, lo=lo, hi=hi,
+                                                presets=presets))
 @dataclass
 class RunConfig:
     data: str = flag("toyfaces", "toyfaces, mnist, celebhq, or the path of a folder of images")
@@ -49,42 +51,44 @@ class RunConfig:
     amp: str = flag("auto", "auto: with CUDA bf16, or fp16", ("auto", "bf16", "fp16", "off"))
 @dataclass
 class TrainConfig(RunConfig):
-    batch: int = flag(16, "images at once on the device", lo=1)
-    steps: int = flag(8000, "optimiser steps in all, also when the run is continued", lo=1)
     accum: int = flag(1, "batches whose gradients are averaged per optimiser step", lo=1)
-    lr: float = flag(3e-4, "learning rate of Adam", lo=1e-12)
-    warmup: int = flag(500, "steps over which the learning rate rises from 0", lo=0)
-    flip: bool = flag(True, "also train on mirrored images")
-    layers: int = flag(2, "ResNet layers per block", lo=1)
-    compile: bool = flag(None, "torch.compile the networks; None: with CUDA")
+    warmup: int = flag(500, "steps in which the learning rate rises", lo=0, toyfaces=100, mnist=100)
+    flip: bool = flag(True, "also train on mirrored images", mnist=False)
+    layers: int = flag(2, "ResNet layers per block", lo=1, toyfaces=1)
+    compile: bool = flag(None, "torch.compile the networks; None: with CUDA", mnist=False)
     log_every: int = flag(100, "steps between log lines", lo=1)
-    save_every: int = flag(1000, "steps between checkpoints, each with a picture", lo=1)
+    save_every: int = flag(1000, "steps between checkpoints, with pictures", lo=1, toyfaces=500)
 @dataclass
 class AEConfig(TrainConfig):
     ae: str = flag("vq", "autoencoder: vq = VQVAE, kl = VAE", ("vq", "kl"))
-    size: int = flag(256, "image side in pixels", lo=8)
-    channels: int = flag(3, "image channels: 3 colour, 1 grey", (1, 3))
-    widths: tuple = flag((64, 64, 128, 256), "channels from image to latent, halving in between")
-    z_channels: int = flag(4, "latent channels", lo=1)
-    codebook_size: int = flag(8192, "vectors in the codebook (vq)", lo=2)
+    batch: int = flag(16, "images at once on the device", lo=1, toyfaces=8, mnist=128)
+    steps: int = flag(9000, "optimiser steps, continued ones too", lo=1, toyfaces=2500, mnist=1500)
+    lr: float = flag(3e-4, "learning rate of Adam", lo=1e-12, toyfaces=2e-3, mnist=1e-3)
+    size: int = flag(256, "image side in pixels", lo=8, toyfaces=32, mnist=28)
+    channels: int = flag(3, "image channels: 3 colour, 1 grey", (1, 3), mnist=1)
+    widths: tuple = flag((64, 64, 128, 256), "channels from image to latent, halving in between",
+                         toyfaces=(16, 32, 32), mnist=(32, 64, 64))
+    z_channels: int = flag(4, "latent channels", lo=1, toyfaces=3, mnist=3)
+    codebook_size: int = flag(8192, "vectors in the codebook (vq)", lo=2, toyfaces=512, mnist=256)
     recon: str = flag("l1", "reconstruction loss, the mean over all values", ("l1", "l2"))
     recon_weight: float = flag(1.0, "weight of the reconstruction loss", lo=0)
     codebook_weight: float = flag(1.0, "weight of the codebook loss (vq)", lo=0)
     commit_weight: float = flag(0.25, "weight of the commitment loss (vq)", lo=0)
     kl_weight: float = flag(1e-6, "weight of the KL divergence per image value (kl)", lo=0)
-    perceptual_weight: float = flag(1.0, "weight of LPIPS; 0: off, needs no VGG16", lo=0)
-    gan_weight: float = flag(0.1, "weight of the adversarial loss; 0: off", lo=0)
+    perceptual_weight: float = flag(1.0, "weight of LPIPS; 0: off", lo=0, toyfaces=0.0, mnist=0.0)
+    gan_weight: float = flag(0.1, "weight of the GAN loss; 0: off", lo=0, toyfaces=0.0, mnist=0.0)
     gan: str = flag("hinge", "adversarial loss", ("bce", "lsgan", "hinge"))
     disc_start: int = flag(2500, "step from which the adversarial loss trains", lo=0)
 @dataclass
 class LDMConfig(TrainConfig):
-    batch: int = flag(128, "latents at once on the device", lo=1)
-    steps: int = flag(10000, "optimiser steps in all, also when the run is continued", lo=1)
-    lr: float = flag(2e-4, "learning rate of Adam", lo=1e-12)
+    batch: int = flag(128, "latents at once on the device", lo=1, toyfaces=64, mnist=256)
+    steps: int = flag(10000, "optimiser steps, continued ones too", lo=1, toyfaces=1200, mnist=1500)
+    lr: float = flag(2e-4, "learning rate of Adam", lo=1e-12, toyfaces=1e-3, mnist=5e-4)
     space: str = flag("latent", "diffuse latents, or pixels as in DDPM", ("latent", "pixel"))
     size: int = flag(0, "image side in pixels; 0: the autoencoder's or the data set's", lo=0)
-    widths: tuple = flag((192, 256, 384, 512), "UNet channels; a block between two neighbours")
-    downs: int = flag(3, "how many of the blocks halve the resolution", lo=0)
+    widths: tuple = flag((192, 256, 384, 512), "UNet channels; a block between two neighbours",
+                         toyfaces=(48, 64, 96), mnist=(128, 128, 256))
+    downs: int = flag(3, "how many of the blocks halve the resolution", lo=0, toyfaces=1, mnist=0)
     target: str = flag("v", "what the UNet predicts", ("eps", "v"))
     schedule: str = flag("linear", "noise: linear in sqrt(beta), or cosine", ("linear", "cosine"))
     ema: float = flag(0.9999, "decay of the weight average, which is what samples", lo=0, hi=1)
@@ -98,27 +102,15 @@ class SampleConfig(RunConfig):
     steps: int = flag(30, "denoising steps", lo=1, hi=1000)
     save_images: bool = flag(False, "also write each image as a PNG")
     progress: bool = flag(False, "also write the denoising as a strip and a GIF")
-PRESETS = {  # (data set, command): what differs from the defaults above
-    ("toyfaces", AEConfig): dict(
-        size=32, batch=8, steps=2500, lr=2e-3, warmup=50, layers=1, widths=(16, 32, 32),
-        z_channels=3, codebook_size=512, perceptual_weight=0.0, gan_weight=0.0, save_every=500),
-    ("toyfaces", LDMConfig): dict(batch=64, steps=1200, lr=1e-3, warmup=100, layers=1,
-                                  widths=(48, 64, 96), downs=1, log_every=50, save_every=500),
-    ("mnist", AEConfig): dict(size=28, channels=1, flip=False, batch=128, steps=3000, lr=1e-3,
-        warmup=100, z_channels=3, widths=(32, 64, 64), codebook_size=256, perceptual_weight=0.0,
-        gan_weight=0.0, compile=False),
-    ("mnist", LDMConfig): dict(flip=False, batch=256, steps=4000, lr=5e-4, warmup=200,
-                               widths=(128, 128, 256), downs=0, compile=False)}
 def defaults(cls, data):
     """The settings of a command for a data set, {name: value}."""
-    return {f.name: f.default for f in fields(cls)} | PRESETS.get((data, cls), {})
+    return {f.name: f.metadata["presets"].get(data, f.default) for f in fields(cls)}
 def require(fine, name, value, rule):
     """The one way to refuse a setting: UserError naming the flag, the value and the rule."""
     if not fine:
         raise UserError(f"--{name.replace('_', '-')} {value}: {rule}")
-
 def resolve(cls, given):
-    """Defaults, then the data set's preset, then what the user gave, checked. Raises UserError."""
+    """The data set's defaults, then what is given, checked: a settings object. Raises UserError."""
     cfg = cls(**defaults(cls, given.get("data", cls.data)) | given)
     cfg.out = cfg.out or (cfg.data and str(Path("runs", Path(cfg.data).resolve().name)))
     for f in fields(cls):
@@ -142,12 +134,11 @@ def resolve(cls, given):
         late = cfg.disc_start >= cfg.steps
         require(not late or "disc_start" not in given, "disc_start", cfg.disc_start,
                 f"is past --steps {cfg.steps}; --gan-weight 0 trains without")
-        if late and cfg.gan_weight:
+        if late and cfg.gan_weight:  # by default it is late in a short trial: no reason to refuse
             print(f"note: --disc-start {cfg.disc_start} is past the end, no adversarial loss")
     return cfg
-
 def pick_device(cfg):
-    """The device and the autocast dtype (None: plain float32). Raises UserError."""
+    """The device, and the dtype of autocast (None: plain float32). Raises UserError."""
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     name = cfg.device if cfg.device != "auto" else next(d for d in here if here[d])
     require(here[name], "device", name, "this machine or this PyTorch has none; try --device auto")
@@ -167,6 +158,7 @@ CELEBHQ = ("celebhq", "celeba_hq", "celeba-hq", "CelebA-HQ", "CelebAMask-HQ/Cele
 BACK = (150, 205, 240), (250, 214, 150), (186, 230, 180), (240, 180, 190), (206, 190, 240)
 SKIN = (255, 224, 196), (240, 200, 160), (214, 160, 118), (160, 108, 72), (110, 72, 48)
 HAIR = (30, 26, 24), (104, 62, 32), (232, 196, 92), (190, 74, 36), (168, 168, 172), (84, 92, 200)
+
 def toyfaces(indices, size=32):
     """Cartoon faces (len(indices), 3, size, size), uint8. Index i is always the same face.
     Background, skin, hair (6 colours, short or long), eyes, mouth, shirt and head shape vary."""
@@ -198,6 +190,7 @@ def toyfaces(indices, size=32):
     lips = torch.maximum(lips, (x - cx).abs() - 0.22)
     paint(torch.where(mood == 3, ellipse(cx, cy + 0.38, 0.13, 0.11), lips), (150, 40, 50))
     return img.round().to(torch.uint8)
+
 def decode_image(path, size, channels):
     """Any picture PIL reads -> uint8 array (size, size, channels): the centre square, upright.
     Transparency goes over white, 16 bits become 8. Raises what PIL raises on a broken file."""
@@ -211,17 +204,16 @@ def decode_image(path, size, channels):
         img = img.convert("L" if channels == 1 else "RGB")
         img = ImageOps.fit(img, (size, size), Image.Resampling.LANCZOS)
         return np.array(img).reshape(size, size, channels)
-
 def load_folder(folder, size, channels, cache_folder):
     """Decodes a folder once into a cache, anew when it changes: uint8 (N, channels, size, size).
     Unreadable pictures are named, skipped, counted. Raises UserError if there are no others."""
     require(folder.is_dir(), "data", folder, "neither toyfaces, mnist or celebhq nor a folder")
     known = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files, seen = [], set()
-    for d, subfolders, names in os.walk(folder, onerror=print, followlinks=True):
-        if (real := os.path.realpath(d)) in seen:  # symbolic links may lead in circles
-            names = subfolders[:] = []
-        files += [Path(d, f) for f in names if f[0] != "."]
+    for where, subfolders, names in os.walk(folder, onerror=print, followlinks=True):
+        if (real := os.path.realpath(where)) in seen:  # links may lead in circles
+            names, subfolders[:] = [], []
+        files += [Path(where, name) for name in names if name[0] != "."]
         seen.add(real)
     paths = sorted(f for f in files if f.suffix.lower() in known)
     require(paths, "data", folder, f"no images among {len(files)} files in and below it")
@@ -235,19 +227,19 @@ def load_folder(folder, size, channels, cache_folder):
             return b""
     if not cache.exists() or zlib.crc32(np.memmap(cache)) != 0x2144DF1C:  # data + its CRC give that
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))
-        with new_file(cache) as file, ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-            bad = crc = 0  # threads do, for PIL frees the interpreter lock; more would queue for it
+        with new_file(cache) as file, ThreadPoolExecutor(4) as pool:
+            bad = crc = 0  # PIL frees the interpreter lock; more than 4 threads only queue for it
             for i, data in enumerate(pool.map(decode, [paths[k] for k in order]), 1):
                 bad, crc = bad + (file.write(data) == 0), zlib.crc32(data, crc)
                 progress(f"decoding {i}/{len(paths)} images, {bad} unreadable", i == len(paths))
             require(bad < len(paths), "data", folder, f"none of its {bad} images is readable")
             file.write(crc.to_bytes(4, "little"))
     images = torch.from_file(str(cache), size=cache.stat().st_size - 4, dtype=torch.uint8)
-    return images.view(-1, size, size, channels).permute(0, 3, 1, 2)
+    return images.view(-1, size, size, channels).permute(0, 3, 1, 2)            # (N, C, H, W)
 
 def load_images(data, data_root, size, channels):
     """(training images, held-out images), each uint8 (N, channels, size, size). Raises UserError.
-    Held out: MNIST's test set, toy faces of their own, a tenth of a folder but at most 1000."""
+    Held out: MNIST's test set, the last 1024 toy faces, a tenth of a folder but at most 1000."""
     root, folder = Path(data_root), Path(data)
     if data == "toyfaces":
         faces = torch.cat([toyfaces(range(i, i + 1024), size) for i in range(0, 9216, 1024)])
@@ -283,28 +275,30 @@ def to_float(images, device):
 
 # ---- 3. Blocks: one set for the encoder, the decoder and the UNet -------------------------------
 # ResNet block and attention as in DDPM (Ho et al. 2020, arXiv 2006.11239, appendix B). Time
-# embedding, attention, skip and resampling are each switched by an argument.
+# embedding, attention, skip and resampling are arguments. Sections 4 and 8 need no more than this.
 class GroupNorm(nn.GroupNorm):
-    """(B, c, H, W) -> the same shape, in groups of 4 channels or more: alone, one would lose its
-    mean. Compiled, nn.GroupNorm copies channels_last to NCHW; these formulas read x twice."""
+    """(B, c, H, W) -> the same shape: each group of 4 channels or more gets mean 0, variance 1.
+    A group of one channel would lose its mean, the very thing that the channel has to say."""
     def __init__(self, c):
         super().__init__(math.gcd(32, max(1, c // 4)), c)
     def forward(self, x):
         if not torch.compiler.is_compiling():
             return super().forward(x)
+        # compiled, nn.GroupNorm copies channels_last to NCHW and back; these formulas do not
         x, size = x.float(), self.num_channels // self.num_groups
         pool = lambda v: v.mean((2, 3)).unflatten(1, (-1, size)).mean(2)        # (B, groups)
         each = lambda v: v.repeat_interleave(size, dim=1)                       # (B, c)
-        scale = each((pool(x.square()) - pool(x).square() + self.eps).rsqrt()) * self.weight
+        var = pool(x.square()) - pool(x).square()                               # E[x^2] - E[x]^2
+        scale = each((var + self.eps).rsqrt()) * self.weight
         shift = self.bias - each(pool(x)) * scale
-        return x * scale[:, :, None, None] + shift[:, :, None, None]
+        return x * scale[:, :, None, None] + shift[:, :, None, None]            # (B, c, H, W)
 def norm_silu_conv(c_in, c_out, bias=True):
     return nn.Sequential(GroupNorm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, 1, 1, bias=bias))
 class TimeEmbedding(nn.Module):
     """Steps t (B,) -> (B, t_dim): sinusoids of geometric wavelengths, then an MLP."""
     def __init__(self, dim, t_dim):
         super().__init__()
-        freqs = 10000 ** (-torch.arange(dim // 2) / (dim // 2))
+        freqs = 10000 ** (-torch.arange(dim // 2) / (dim // 2))                 # 1 .. 1 / 10000
         self.register_buffer("freqs", freqs, persistent=False)
         self.mlp = nn.Sequential(nn.Linear(dim // 2 * 2, t_dim), nn.SiLU(),
                                  nn.Linear(t_dim, t_dim), nn.SiLU())
@@ -322,9 +316,9 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1, bias=False) if c_in != c_out else nn.Identity()
         nn.init.zeros_(self.conv2[-1].weight)  # starts near the identity, which trains at once
     def forward(self, x, t_emb=None):
-        h = self.conv1(x)
+        h = self.conv1(x)                                                       # (B, c_out, H, W)
         if self.time is not None:
-            h = h + self.time(t_emb)[:, :, None, None]
+            h = h + self.time(t_emb)[:, :, None, None]  # the same at every position
         return self.skip(x) + self.conv2(h)
 
 class Attention(nn.Module):
@@ -339,10 +333,9 @@ class Attention(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)                        # (B, h*w, c)
         q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2)
                    for part in self.qkv(tokens).chunk(3, dim=2))                # (B, heads, h*w, d)
-        out = F.scaled_dot_product_attention(q, k, v)  # fused: no (h*w, h*w) matrix in memory
+        out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(d)) v, fused
         out = self.proj(out.transpose(1, 2).flatten(2))                         # (B, h*w, c)
         return x + out.transpose(1, 2).view(B, c, h, w)
-
 class Layers(nn.Module):
     """`n` ResBlocks, each followed by attention if heads > 0; the first one changes the width."""
     def __init__(self, c_in, c_out, n, t_dim, heads):
@@ -354,7 +347,6 @@ class Layers(nn.Module):
         for res, attn in zip(self.res, self.attn):
             x = attn(res(x, t_emb))
         return x
-
 class DownBlock(nn.Module):
     """(B, c_in, H, W) -> (B, c_out, H/2, W/2), or with down=False (B, c_out, H, W)."""
     def __init__(self, c_in, c_out, layers, t_dim=None, heads=0, down=True):
@@ -363,7 +355,6 @@ class DownBlock(nn.Module):
         self.down = nn.Conv2d(c_out, c_out, 3, stride=2, padding=1) if down else nn.Identity()
     def forward(self, x, t_emb=None):
         return self.down(self.layers(x, t_emb))
-
 class MidBlock(nn.Module):
     """(B, c_in, h, w) -> (B, c_out, h, w): ResBlock, then `layers` times attention + ResBlock."""
     def __init__(self, c_in, c_out, layers, t_dim=None, heads=4):
@@ -372,7 +363,6 @@ class MidBlock(nn.Module):
         self.last = ResBlock(c_out, c_out, t_dim)
     def forward(self, x, t_emb=None):
         return self.last(self.layers(x, t_emb), t_emb)
-
 class UpBlock(nn.Module):
     """(B, c_in, h, w), maybe a skip (B, c_skip, 2h, 2w) -> (B, c_out, 2h, 2w); up=False: h, w."""
     def __init__(self, c_in, c_out, layers, t_dim=None, heads=0, up=True, c_skip=0):
@@ -393,7 +383,7 @@ def build_encoder(channels, widths, layers, c_out):
     c = widths[-1]
     return nn.Sequential(
         nn.Conv2d(channels, widths[0], 3, padding=1),
-        *[DownBlock(a, b, layers) for a, b in zip(widths, widths[1:])],
+        *[DownBlock(a, b, layers) for a, b in zip(widths, widths[1:])],         # (B, c, h, w)
         MidBlock(c, c, layers), norm_silu_conv(c, c_out), nn.Conv2d(c_out, c_out, 1))
 def build_decoder(channels, widths, layers, z_channels):
     """Network: latent (B, D, h, w) -> image (B, C, H, W), the encoder mirrored."""
@@ -411,10 +401,10 @@ class VQVAE(nn.Module):
         super().__init__()
         self.encoder = build_encoder(channels, widths, layers, z_channels)
         self.decoder = build_decoder(channels, widths, layers, z_channels)
-        self.codebook = nn.Parameter(torch.randn(codebook_size, z_channels))
+        self.codebook = nn.Parameter(torch.randn(codebook_size, z_channels))    # (K, D)
         self.register_buffer("usage", torch.zeros(codebook_size))  # picks since the last restart
     def quantise(self, z_e):
-        """z_e (B, D, h, w) -> z_q (B, D, h, w), nearest codes (Eq. 1), and indices (B, h, w)."""
+        """z_e (B, D, h, w) -> z_q (B, D, h, w), nearest codes (Eq. 1-2), and indices (B, h, w)."""
         with torch.autocast(z_e.device.type, enabled=False):  # in bf16 one in four would be wrong
             z = z_e.detach().float().movedim(1, -1)                             # (B, h, w, D)
             with torch.no_grad():  # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 does not matter
@@ -432,19 +422,19 @@ class VQVAE(nn.Module):
             self.usage.scatter_add_(0, picks, torch.ones_like(picks, dtype=torch.float32))
         z_st = z_e + (z_q - z_e).detach()  # straight-through: value of z_q, gradient as from z_e
         return self.decoder(z_st).float(), {"codebook": F.mse_loss(z_q, z_e.detach()),
-                                    "commit": F.mse_loss(z_e, z_q.detach())}
+                                            "commit": F.mse_loss(z_e, z_q.detach())}
     def encode(self, x):
         """The continuous z_e (B, D, h, w), which is what stage 2 models."""
         return self.encoder(x).float()
     def decode(self, z):
-        """Quantises first: small errors of stage 2 are gone after it."""
+        """(B, D, h, w) -> (B, C, H, W). Quantises first: small errors of stage 2 are gone then."""
         return self.decoder(self.quantise(z)[0]).float()
     @torch.no_grad()
     def restart_codes(self, z_e):
         """Moves the codes that nothing picked since the last call onto random outputs of the
         encoder, where they will be picked; the first call moves all."""
         z = z_e.float().movedim(1, -1).flatten(0, -2)                           # (B*h*w, D)
-        new = z[torch.randint(len(z), (len(self.codebook),), device=z.device)]
+        new = z[torch.randint(len(z), (len(self.codebook),), device=z.device)]  # (K, D)
         new += 0.01 * z.std() * torch.randn_like(new)  # no two alike
         self.codebook.copy_(torch.where((self.usage == 0)[:, None], new, self.codebook))
         self.usage.zero_()
@@ -460,14 +450,14 @@ class VAE(nn.Module):
         -1/2 sum(1 + logvar - mean^2 - exp(logvar)), per image value like the reconstruction."""
         mean, logvar = self.encoder(x).float().chunk(2, dim=1)                  # each (B, D, h, w)
         logvar = logvar.clamp(-30, 20)  # exp stays finite
-        z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)  # reparameterised
+        z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)  # reparameterised: Eq. 10
         kl = -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum() / x.numel()
         return self.decoder(z).float(), {"kl": kl}
     def encode(self, x):
         """The mean of q(z | x), (B, D, h, w): at the usual KL weight its spread is tiny."""
         return self.encoder(x).float().chunk(2, dim=1)[0]
     def decode(self, z):
-        return self.decoder(z).float()
+        return self.decoder(z).float()                                          # (B, C, H, W)
 def build_autoencoder(config, weights=None):
     """VQVAE or VAE from an AEConfig as a dict; with weights: frozen."""
     shape = [config[k] for k in ("channels", "widths", "layers", "z_channels")]
@@ -491,6 +481,7 @@ def vgg16_weights():
     except Exception as error:
         raise UserError(f"LPIPS needs {Path(url).name} ({error}): go online, or put it in "
                         f"{torch.hub.get_dir()}/checkpoints, or give --perceptual-weight 0")
+
 class LPIPS(nn.Module):
     """Distance of two images as people see it: the `lpips` package with net="vgg", v0.1. Frozen.
     weights: file of the five 1x1 layers. vgg: `features.*` weights or None. Raises UserError."""
@@ -523,7 +514,8 @@ class LPIPS(nn.Module):
         return maps
     unit = staticmethod(lambda f: F.normalize(f.float()))  # in float32: squares overflow fp16
     def forward(self, x, y):
-        """x, y (B, 1 or 3, H, W) -> distances (B,), Eq. 1. No gradient goes into y."""
+        """x, y (B, 1 or 3, H, W) -> distances (B,), Eq. 1: the sum over layers of
+        mean_hw sum_c lin (unit(f_x) - unit(f_y))^2, lin being w^2. No gradient goes into y."""
         maps_x = self.features(x)
         with torch.no_grad():
             maps_y = self.features(y)
@@ -542,7 +534,7 @@ class PatchGAN(nn.Module):
             nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2),
             nn.Conv2d(width, 2 * width, 4, 2, 1), nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2),
             nn.Conv2d(2 * width, 4 * width, 4, 2, 1), nn.BatchNorm2d(4 * width), nn.LeakyReLU(0.2),
-            nn.Conv2d(4 * width, 1, 4, padding=2))
+            nn.Conv2d(4 * width, 1, 4, padding=2))  # h' = H / 8 + 1: a score sees 46x46 pixels
         for layer in self.net:
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, 0.0, 0.02)  # as in the paper
@@ -563,7 +555,7 @@ def discriminator_loss(kind, real, fake):
 class NoiseScheduler(nn.Module):
     """z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps. t = 0 has one step of noise, t = -1 has none.
     target is what the network predicts: eps, or v = sqrt(abar) eps - sqrt(1 - abar) z0 (Salimans
-    & Ho 2022, arXiv 2202.00512)."""
+    & Ho 2022, arXiv 2202.00512), which also says something where z_t is nearly all noise."""
     def __init__(self, T=1000, schedule="linear", target="v"):
         super().__init__()
         self.T, self.target = T, target
@@ -574,7 +566,7 @@ class NoiseScheduler(nn.Module):
             s = torch.linspace(0, 1, T + 1, dtype=torch.float64)
             abar = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = 1 - abar[1:] / abar[:-1]
-        abar = torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
+        abar = torch.cumprod(1 - betas.clamp(max=0.999), dim=0)                 # (T,)
         self.register_buffer("alphas_cumprod", abar.float(), persistent=False)
         self.abar = abar.tolist() + [1.0]  # for the samplers, in float64: abar[-1] is clean
     def add_noise(self, z0, eps, t):
@@ -587,7 +579,7 @@ class NoiseScheduler(nn.Module):
         """The network's answer at step t (int), as estimates of z0 and eps.
         z0 is not clamped, for latents have no fixed range."""
         alpha, sigma = math.sqrt(self.abar[t]), math.sqrt(1 - self.abar[t])
-        if self.target == "v":
+        if self.target == "v":  # v is z_t turned by 90 degrees, and these two turn it back
             return alpha * z_t - sigma * pred, sigma * z_t + alpha * pred
         return (z_t - sigma * pred) / alpha, pred
     def timesteps(self, steps):
@@ -597,7 +589,7 @@ class NoiseScheduler(nn.Module):
     def ddpm_step(self, z0, z_t, t, t_prev, noise):
         """Draws from q(z_prev | z_t, z0): DDPM Eq. 6-7 and Algorithm 2, for any t_prev < t."""
         abar, abar_prev = self.abar[t], self.abar[t_prev]
-        alpha = abar / abar_prev
+        alpha = abar / abar_prev                                                # 1 - beta
         mean = (math.sqrt(abar_prev) * (1 - alpha) * z0
                 + math.sqrt(alpha) * (1 - abar_prev) * z_t) / (1 - abar)
         var = (1 - alpha) * (1 - abar_prev) / (1 - abar)  # 0 in the last step
@@ -608,10 +600,10 @@ class NoiseScheduler(nn.Module):
     def dpm_step(self, z0, z_t, t, t_prev, last=None):
         """DPM-Solver++(2M), Algorithm 2: DDIM with z0 extrapolated from the step before.
         last: (t, z0) of the step before; None in the first one."""
-        half_log_snr = lambda t: 0.5 * math.log(self.abar[t] / (1 - self.abar[t]))
+        half_log_snr = lambda t: 0.5 * math.log(self.abar[t] / (1 - self.abar[t]))  # lambda_t
         if last is not None and t_prev >= 0:  # the last step has no end in this variable: order 1
             r = (half_log_snr(t) - half_log_snr(last[0])) / (half_log_snr(t_prev) - half_log_snr(t))
-            z0 = z0 + (z0 - last[1]) / (2 * r)
+            z0 = z0 + (z0 - last[1]) / (2 * r)                                  # D_i
         abar, abar_prev = self.abar[t], self.abar[t_prev]
         shrink = math.sqrt((1 - abar_prev) / (1 - abar))                        # sigma_prev / sigma
         return shrink * z_t + (math.sqrt(abar_prev) - shrink * math.sqrt(abar)) * z0
@@ -643,13 +635,12 @@ class UNet(nn.Module):
         x = self.mid(x, t_emb)                                 # (B, widths[-2], h / 2 ** downs, ..)
         for up in self.ups:
             x = up(x, t_emb, skips.pop())
-        return self.out(x).float()
+        return self.out(x).float()                                              # (B, D, h, w)
 @torch.no_grad()
 def update_ema(ema, model, step, limit):
     """ema = decay ema + (1 - decay) model. The decay rises from 0.1, or the start would stay."""
     decay = min(limit, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
 class LatentSpace:
     """The latents that the UNet sees, (z - mean) / std per channel, and the way back to images.
     The schedule expects data of variance 1; an autoencoder's latents have any (arXiv 2112.10752,
@@ -670,7 +661,7 @@ def sample_images(unet, scheduler, space, shape, n, seed, sampler="dpm", steps=3
     for i in range(0, n, batch):
         own = [torch.Generator().manual_seed(seed * 1_000_003 + k) for k in range(n)[i:i + batch]]
         noise = lambda: torch.stack([torch.randn(shape, generator=g) for g in own]).to(device)
-        z_t, last = noise(), None
+        z_t, last = noise(), None                                               # (batch, D, h, w)
         with autocast(device, dtype):
             t_now = torch.zeros(len(own), device=device)
             if device.type == "cuda" and (i == 0 or len(own) < batch):  # one launch, not a thousand
@@ -730,13 +721,14 @@ def fingerprint(*things):
     """A name for tensors and plain values: equal ones, equal name."""
     raw = (x.cpu().numpy().tobytes() if torch.is_tensor(x) else repr(x).encode() for x in things)
     return hashlib.sha256(b" ".join(raw)).hexdigest()[:16]
-def progress(text, last=False, shown=[-math.inf]):
+def progress(text, last=False):
     """A line that renews itself in a terminal; elsewhere a plain line every ten seconds."""
     if sys.stdout.isatty():
         print(f"\r\x1b[K{text}", end="\n" if last else "", flush=True)
-    elif last or time.perf_counter() > shown[0] + 10:
-        shown[0] = time.perf_counter()
+    elif last or time.perf_counter() > progress.next:
+        progress.next = time.perf_counter() + 10
         print(text, flush=True)
+progress.next = -math.inf
 
 class Run:
     """One training stage in its run folder: starts or resumes, logs, saves, stops on Ctrl-C.
@@ -773,19 +765,21 @@ class Run:
         """Yields once per step, seeded: a resumed run draws the same numbers as one in one go.
         Raises KeyboardInterrupt after Ctrl-C or SIGTERM, when the step at hand is saved."""
         def stop(*_):
-            self.stopping = True  # a second Ctrl-C kills
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+            self.stopping = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C kills
+        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        groups = [g for part in self.parts.values() for g in getattr(part, "param_groups", ())]
         self.tick = self.step, time.perf_counter()
         try:
             while self.step < self.cfg.steps and not self.last:
                 self.last = self.stopping or self.step + 1 == self.cfg.steps
                 torch.manual_seed(self.cfg.seed * 1_000_003 + self.step)
-                for group in sum([getattr(p, "param_groups", []) for p in self.parts.values()], []):
+                for group in groups:  # the learning rate rises linearly, then stays
                     group["lr"] = self.cfg.lr * min(1, (self.step + 1) / max(1, self.cfg.warmup))
                 yield
         finally:
-            list(map(signal.signal, handlers.keys(), handlers.values()))
+            for s, handler in before.items():
+                signal.signal(s, handler)
         if self.step < self.cfg.steps:
             print(f"\nstopped at step {self.step} and saved {self.path}: the same command goes on")
             raise KeyboardInterrupt
@@ -804,7 +798,7 @@ class Run:
         """A line on the screen and a row in the CSV: means since the last one.
         Raises UserError if one is not finite, before that can get into a checkpoint."""
         means = {k: total / count for k, (total, count) in self.sums.items()}
-        values = {k: float(v) for k, v in (means | more).items()}
+        values = {k: float(v) for k, v in (means | more).items()}  # here the GPU is waited for
         if self.parts["scaler"].is_enabled():
             taken = next(iter(self.parts["opt"].state.values()))["step"]
             values["skipped"] = self.step - float(taken)  # as a gradient overflowed in fp16
@@ -814,7 +808,7 @@ class Run:
         if bad:
             raise UserError(f"{', '.join(bad)} at step {self.step}; {self.path} is older. "
                             "Start anew with a lower --lr, or with --amp off")
-        pace = (self.step - self.tick[0]) / (time.perf_counter() - self.tick[1])
+        pace = (self.step - self.tick[0]) / (time.perf_counter() - self.tick[1])  # steps per second
         speed, left = pace * self.cfg.batch * self.cfg.accum, (self.cfg.steps - self.step) / pace
         path = self.dir / f"{self.stage}.csv"  # a resumed run writes rows of lost steps again
         rows = [r for r in read_csv(path) if int(r["step"]) < self.step]
@@ -869,6 +863,7 @@ def latent_picture(z, size):
     return F.interpolate(z, size=(size, size))
 
 # ---- 10. Training, what both stages share --------------------------------------------------------
+# One skeleton: draw a batch, loss under autocast, backward, optimise; now and then log and save.
 def optimise(scaler, optimiser, net):
     """One step on the gradients at hand; their norm is held below 1."""
     scaler.unscale_(optimiser)
@@ -881,6 +876,7 @@ def compile_networks(cfg, device, *nets):
             and torch.cuda.get_device_capability()[0] >= 7)
     if auto if cfg.compile is None else cfg.compile:
         print("the first step compiles, for minutes; --no-compile starts at once, but is slower")
+        warnings.filterwarnings("ignore", message="TensorFloat32")  # the codebook needs float32
         for net in nets:
             # CUDA graphs: Python is too slow to launch the kernels; gradients cannot add up in them
             net.compile(dynamic=False, mode="reduce-overhead" if cfg.accum == 1 else "default")
@@ -911,12 +907,13 @@ def train_ae(cfg):
         # the discriminator starts alone; its word gains weight over the next 1000 steps
         weights["gan"] = cfg.gan_weight * min(1, (run.step - cfg.disc_start) / 1000)
         for micro in range(cfg.accum):
-            x = to_float(images[next(order)], device)
+            x = to_float(images[next(order)], device)                           # (B, C, H, W)
             if cfg.flip:
                 x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
             if cfg.ae == "vq" and run.step % 100 == 0 and micro == 0:
                 with torch.no_grad(), autocast(device, dtype):
                     ae.restart_codes(ae.encode(x))
+
             # (1) autoencoder: minimise the weighted sum of its terms
             with autocast(device, dtype):
                 x_rec, terms = ae(x)
@@ -930,10 +927,11 @@ def train_ae(cfg):
                     disc.requires_grad_(True)
             loss = sum(weights[name] * term for name, term in terms.items())
             scaler.scale(loss / cfg.accum).backward()
+
             # (2) discriminator: tell images from reconstructions
             if adversarial:
                 with autocast(device, dtype):
-                    real, fake = disc(x), disc(x_rec.detach())
+                    real, fake = disc(x), disc(x_rec.detach())                  # (B, 1, h', w')
                 terms["disc"] = discriminator_loss(cfg.gan, real, fake)
                 scaler.scale(terms["disc"] / cfg.accum).backward()
                 terms |= {"score_real": real.mean(), "score_fake": fake.mean()}
@@ -943,6 +941,7 @@ def train_ae(cfg):
             optimise(scaler, opt_d, disc)
         scaler.update()
         run.step += 1
+
         if run.due(cfg.log_every, cfg.save_every):
             with torch.no_grad(), autocast(device, dtype):
                 z = ae.encode(preview)
@@ -955,10 +954,10 @@ def train_ae(cfg):
             rows = preview, x_rec, latent_picture(z, cfg.size)
             run.save(torch.cat([r[:8].expand(-1, 3, -1, -1) for r in rows]), len(preview[:8]))
 def psnr(x_rec, x):
-    """Peak signal-to-noise ratio (B,) in dB of images in [-1, 1]."""
+    """Peak signal-to-noise ratio (B,) in dB of images in [-1, 1]: 10 log10(peak^2 / MSE)."""
     return 10 * torch.log10(4 / (x_rec - x).square().mean((1, 2, 3)).clamp(min=1e-10))
 def codebook_use(picks):
-    """Picks per code (K,) -> share of codes in use in percent, perplexity (at most K)."""
+    """Picks per code (K,) -> codes in use in percent, perplexity exp(-sum p log p), at most K."""
     p = picks / picks.sum().clamp(min=1)
     return 100 * (p > 0).float().mean(), torch.special.entr(p).sum().exp()
 
@@ -970,7 +969,7 @@ def load_latents(cfg, ae, ae_name, images, device, dtype):
     From <out>/latents.pt if that is of this autoencoder and these images, else encoded."""
     def encode(i, flip):
         progress(f"encoding {i}/{len(images)}{', mirrored' * flip}")
-        x = to_float(images[i:i + 64], device)
+        x = to_float(images[i:i + 16], device)  # few at once: it should not need more than training
         with autocast(device, dtype):
             x = x.flip(3) if flip else x
             return (ae.encode(x) if ae else x).half()
@@ -980,7 +979,7 @@ def load_latents(cfg, ae, ae_name, images, device, dtype):
         cache = load_whole(path, device)
         assert cache["name"] == name
     except Exception:  # not there, damaged, of another autoencoder or of other images
-        parts = itertools.product((False, True)[:1 + cfg.flip], range(0, len(images), 64))
+        parts = itertools.product((False, True)[:1 + cfg.flip], range(0, len(images), 16))
         cache = {"name": name, "latents": torch.cat([encode(i, flip) for flip, i in parts])}
         save_whole(path, cache)
     return cache["latents"]
@@ -1000,8 +999,8 @@ def train_ldm(cfg):
     require(side <= 64, "size", cfg.size, "is too much for attention over all pixels; give 64")
     images, _ = load_images(cfg.data, cfg.data_root, cfg.size, c["channels"])
     ae_name = fingerprint(*(part["weights"].values() if part else []))
-    z_all = load_latents(cfg, ae, ae_name, images, device, dtype)
-    std, mean = torch.std_mean(z_all.float(), (0, 2, 3), keepdim=True)
+    z_all = load_latents(cfg, ae, ae_name, images, device, dtype)               # (N, D, h, w)
+    std, mean = torch.std_mean(z_all.float(), (0, 2, 3), keepdim=True)          # (1, D, 1, 1)
     space, shape = LatentSpace(ae, mean, std), list(z_all.shape[1:])
     torch.manual_seed(cfg.seed)
     unet = UNet(shape[0], cfg.widths, cfg.downs, cfg.layers)
@@ -1019,8 +1018,8 @@ def train_ldm(cfg):
     for _ in run.loop():
         for _ in range(cfg.accum):
             z0 = (z_all[next(order).to(device, non_blocking=True)].float() - mean) / std
-            t = torch.randint(scheduler.T, (len(z0),), device=device)
-            z_t, target = scheduler.add_noise(z0, torch.randn_like(z0), t)
+            t = torch.randint(scheduler.T, (len(z0),), device=device)           # (B,)
+            z_t, target = scheduler.add_noise(z0, torch.randn_like(z0), t)      # (B, D, h, w)
             with autocast(device, dtype):
                 loss = F.mse_loss(unet(z_t, t), target)
             scaler.scale(loss / cfg.accum).backward()
@@ -1029,6 +1028,7 @@ def train_ldm(cfg):
         scaler.update()
         update_ema(ema, unet, run.step, cfg.ema)
         run.step += 1
+
         if run.due(cfg.log_every, cfg.save_every):
             run.log()
         if run.due(cfg.save_every):
@@ -1036,7 +1036,7 @@ def train_ldm(cfg):
 
 # ---- 13. Sampling and evaluation -----------------------------------------------------------------
 def find_run(cfg, *stages):
-    """The checkpoint of the first of these stages in --out, or the newest under runs/."""
+    """The newest checkpoint of these stages in --out, or under runs/. Raises UserError if none."""
     folders = [Path(cfg.out)] if cfg.out else Path("runs").glob("*")
     found = [f / f"{stage}.pt" for f in folders for stage in stages if (f / f"{stage}.pt").exists()]
     if not found:
@@ -1081,7 +1081,7 @@ def save_progress(trace, space, folder):
     rows = []
     for i in range(min(4, len(trace[0][0]))):
         z_t, z0 = (torch.stack([z[i] for z in column]) for column in zip(*pick(8)))
-        x_t, x0 = space.decode(z_t), space.decode(z0)
+        x_t, x0 = space.decode(z_t), space.decode(z0)                           # (8, C, H, W)
         rows += [r.expand(-1, 3, -1, -1) for r in (latent_picture(z_t, x_t.shape[-1]), x_t, x0)]
     image_grid(torch.cat(rows), 8).save(folder / "progress.png")
     frames = [image_grid(space.decode(z_t[:4]), 2) for z_t, _ in pick(min(len(trace), 40))]
@@ -1094,9 +1094,9 @@ def frechet_distance(a, b):
     if min(len(a), len(b)) < 2:
         return math.nan
     a, b = a.double(), b.double()
-    S_a, S_b = torch.cov(a.T), torch.cov(b.T)
+    S_a, S_b = torch.cov(a.T), torch.cov(b.T)                                   # (c, c)
     values, vectors = torch.linalg.eigh(S_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T                     # S_a^(1/2)
     # S_a S_b has the eigenvalues of root S_b root, which is symmetric
     cross = torch.linalg.eigvalsh(root @ S_b @ root).clamp(min=0).sqrt().sum()
     return (a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * cross
@@ -1119,8 +1119,7 @@ def evaluate(cfg):
         lpips = LPIPS(Path(__file__).with_name("lpips_weights.pth")).to(device)
     except UserError as error:
         print(f"without LPIPS and Frechet distances: {error}")
-    def batched(net, *images):
-        """Applies a network to images of the CPU, 32 at a time."""
+    def batched(net, *images):  # images lie on the CPU, 32 at a time go to the device
         parts = zip(*(i.split(32) for i in images))
         with autocast(device, dtype):
             return torch.cat([net(*(p.to(device) for p in part)).cpu() for part in parts])
@@ -1131,8 +1130,8 @@ def evaluate(cfg):
         x_rec = batched(lambda z: ae.decode(z).clamp(-1, 1), z)
         table["PSNR, dB"] = psnr(x_rec, x).mean()
     if ae and c["ae"] == "vq":
-        codes = batched(lambda z: ae.quantise(z)[1], z).flatten()
-        picks = torch.bincount(codes, minlength=c["codebook_size"])
+        picks = torch.bincount(batched(lambda z: ae.quantise(z)[1], z).flatten(),
+                               minlength=c["codebook_size"])
         table["codes in use, %"], table["perplexity"] = codebook_use(picks)
     if lpips:
         real, others = features(x), features(to_float(train[:len(held)], torch.device("cpu")))
@@ -1150,6 +1149,7 @@ def evaluate(cfg):
     return table
 
 # ---- 14. Command line ----------------------------------------------------------------------------
+# Thin: a notebook calls the same functions with the same settings (README, "In a notebook").
 def demo(cfg):
     """Both stages and samples, by default on toy faces at a tiny size; these need no download."""
     train_ae(resolve(AEConfig, asdict(cfg)))
@@ -1161,6 +1161,7 @@ COMMANDS = {  # name: (settings, function, help)
     "sample": (SampleConfig, sample, "make new images"),
     "eval": (SampleConfig, evaluate, "measure the autoencoder and the samples on held-out images"),
     "demo": (RunConfig, demo, "both stages and samples in a few minutes")}
+
 def build_parser():
     """A subcommand per entry of COMMANDS, a flag per field of its settings."""
     parser = argparse.ArgumentParser(prog="ldm.py", description="latent diffusion in one file")
@@ -1172,10 +1173,9 @@ def build_parser():
             kind = dict(type=f.type, choices=f.metadata["choices"])
             kind = {bool: dict(action=argparse.BooleanOptionalAction),
                     tuple: dict(type=int, nargs="+")}.get(f.type, kind)
-            presets = [f"; {d}: {p[f.name]}" for (d, of), p in PRESETS.items()
-                       if of is cls and f.name in p]
+            presets = "".join(f"; {d}: {v}" for d, v in f.metadata["presets"].items())
             sub.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
-                             help=f"{f.metadata['help']} (default: {f.default}{''.join(presets)})")
+                             help=f"{f.metadata['help']} (default: {f.default}{presets})")
     return parser
 
 def main(argv=None):
@@ -1191,7 +1191,7 @@ def main(argv=None):
         message = str(error)
         if "out of memory" in message or "allocate memory" in message:
             message = "out of memory: lower --batch (training: raise --accum by as much), or --size"
-        elif isinstance(error, RuntimeError):
+        elif isinstance(error, RuntimeError):  # a mistake of ours: its traceback is needed
             raise
     print(f"ldm.py: error: {message}", file=sys.stderr)
     return 2
