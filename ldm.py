@@ -52,17 +52,18 @@ class RunConfig:
 @dataclass
 class TrainConfig(RunConfig):
     accum: int = flag(1, "batches whose gradients are averaged per optimiser step", lo=1)
-    warmup: int = flag(500, "steps in which the learning rate rises", lo=0, toyfaces=100, mnist=100)
+    warmup: int = flag(500, "steps in which the learning rate rises", lo=0, toyfaces=50, mnist=100)
     flip: bool = flag(True, "also train on mirrored images", mnist=False)
     layers: int = flag(2, "ResNet layers per block", lo=1, toyfaces=1)
     compile: bool = flag(None, "torch.compile the networks; None: with CUDA", mnist=False)
+    ema: float = flag(0.9999, "decay of the weight average, which is what is used", lo=0, hi=1)
     log_every: int = flag(100, "steps between log lines", lo=1)
     save_every: int = flag(1000, "steps between checkpoints, with pictures", lo=1, toyfaces=500)
 @dataclass
 class AEConfig(TrainConfig):
     ae: str = flag("vq", "autoencoder: vq = VQVAE, kl = VAE", ("vq", "kl"))
     batch: int = flag(16, "images at once on the device", lo=1, toyfaces=8, mnist=128)
-    steps: int = flag(9000, "optimiser steps, continued ones too", lo=1, toyfaces=2500, mnist=1500)
+    steps: int = flag(9000, "optimiser steps, continued ones too", lo=1, toyfaces=2500, mnist=1000)
     lr: float = flag(3e-4, "learning rate of Adam", lo=1e-12, toyfaces=2e-3, mnist=1e-3)
     size: int = flag(256, "image side in pixels", lo=8, toyfaces=32, mnist=28)
     channels: int = flag(3, "image channels: 3 colour, 1 grey", (1, 3), mnist=1)
@@ -82,7 +83,7 @@ class AEConfig(TrainConfig):
 @dataclass
 class LDMConfig(TrainConfig):
     batch: int = flag(128, "latents at once on the device", lo=1, toyfaces=64, mnist=256)
-    steps: int = flag(10000, "optimiser steps, continued ones too", lo=1, toyfaces=1200, mnist=1500)
+    steps: int = flag(10000, "optimiser steps, continued ones too", lo=1, toyfaces=1200, mnist=4000)
     lr: float = flag(2e-4, "learning rate of Adam", lo=1e-12, toyfaces=1e-3, mnist=5e-4)
     space: str = flag("latent", "diffuse latents, or pixels as in DDPM", ("latent", "pixel"))
     size: int = flag(0, "image side in pixels; 0: the autoencoder's or the data set's", lo=0)
@@ -91,7 +92,6 @@ class LDMConfig(TrainConfig):
     downs: int = flag(3, "how many of the blocks halve the resolution", lo=0, toyfaces=1, mnist=0)
     target: str = flag("v", "what the UNet predicts", ("eps", "v"))
     schedule: str = flag("linear", "noise: linear in sqrt(beta), or cosine", ("linear", "cosine"))
-    ema: float = flag(0.9999, "decay of the weight average, which is what samples", lo=0, hi=1)
 @dataclass
 class SampleConfig(RunConfig):
     data: str = flag("", "data set whose run is taken; empty: the newest run under runs/")
@@ -282,9 +282,8 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, c):
         super().__init__(math.gcd(32, max(1, c // 4)), c)
     def forward(self, x):
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # compiled, it would copy channels_last to NCHW
             return super().forward(x)
-        # compiled, nn.GroupNorm copies channels_last to NCHW and back; these formulas do not
         x, size = x.float(), self.num_channels // self.num_groups
         pool = lambda v: v.mean((2, 3)).unflatten(1, (-1, size)).mean(2)        # (B, groups)
         each = lambda v: v.repeat_interleave(size, dim=1)                       # (B, c)
@@ -636,11 +635,6 @@ class UNet(nn.Module):
         for up in self.ups:
             x = up(x, t_emb, skips.pop())
         return self.out(x).float()                                              # (B, D, h, w)
-@torch.no_grad()
-def update_ema(ema, model, step, limit):
-    """ema = decay ema + (1 - decay) model. The decay rises from 0.1, or the start would stay."""
-    decay = min(limit, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 class LatentSpace:
     """The latents that the UNet sees, (z - mean) / std per channel, and the way back to images.
     The schedule expects data of variance 1; an autoencoder's latents have any (arXiv 2112.10752,
@@ -712,7 +706,7 @@ def load_checkpoint(path, stage):
         raise UserError(f"{path.resolve()} is missing: first run train-{stage} for the same --out")
     try:
         ckpt = load_whole(path)
-        assert ckpt["format"] == "ldm.py 2" and ckpt["stage"] == stage
+        assert ckpt["format"] == "ldm.py 3" and ckpt["stage"] == stage
         return ckpt
     except Exception as error:
         raise UserError(f"{path.resolve()} is damaged, or no checkpoint of this train-{stage}"
@@ -824,7 +818,7 @@ class Run:
     def save(self, picture, columns=8):
         """Writes the checkpoint, the curves and a picture (N, C, H, W) of how far it is."""
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        save_whole(self.path, {"format": "ldm.py 2", "stage": self.stage, "step": self.step,
+        save_whole(self.path, {"format": "ldm.py 3", "stage": self.stage, "step": self.step,
                                "config": asdict(self.cfg), "parts": parts, "extra": self.extra})
         with new_file(self.dir / "pictures" / f"{self.stage}-{self.step:06d}.png") as file:
             image_grid(picture, columns).save(file, "PNG")
@@ -870,6 +864,12 @@ def optimise(scaler, optimiser, net):
     nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     scaler.step(optimiser)  # with fp16: not if a gradient overflowed
     optimiser.zero_grad(set_to_none=True)
+@torch.no_grad()
+def update_ema(ema, model, step, limit):
+    """ema = decay ema + (1 - decay) model: smooths out what single steps do to the weights. The
+    decay rises from 0.1, so that the average spans about the last tenth of the steps."""
+    decay = min(limit, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 def compile_networks(cfg, device, *nets):
     """--compile, by default on CUDA where Triton is there. In place: names in checkpoints stay."""
     auto = (device.type == "cuda" and importlib.util.find_spec("triton") is not None
@@ -895,7 +895,8 @@ def train_ae(cfg):
         net.to(device, memory_format=layout(device))
     opt, opt_d = (torch.optim.Adam(n.parameters(), betas=(0.5, 0.9), fused=True) for n in nets)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    run = Run(cfg, "ae", device, dtype, dict(ae=ae, disc=disc, opt=opt, opt_d=opt_d, scaler=scaler))
+    parts = dict(ae=ae, ema=copy.deepcopy(ae), disc=disc, opt=opt, opt_d=opt_d, scaler=scaler)
+    run, ema = Run(cfg, "ae", device, dtype, parts), parts["ema"].requires_grad_(False)
     order = batch_indices(len(images), cfg.batch, cfg.seed, skip=run.step * cfg.accum)
     preview = to_float(held[:16], device)
     weights = {name: getattr(cfg, f"{name}_weight") for name in
@@ -917,8 +918,7 @@ def train_ae(cfg):
             # (1) autoencoder: minimise the weighted sum of its terms
             with autocast(device, dtype):
                 x_rec, terms = ae(x)
-                error = (x_rec - x).abs() if cfg.recon == "l1" else (x_rec - x).square()
-                terms["recon"] = error.mean()
+                terms["recon"] = (F.l1_loss if cfg.recon == "l1" else F.mse_loss)(x_rec, x)
                 if lpips:
                     terms["perceptual"] = lpips(x_rec, x).mean()
                 if adversarial:
@@ -940,12 +940,13 @@ def train_ae(cfg):
         if adversarial:
             optimise(scaler, opt_d, disc)
         scaler.update()
+        update_ema(ema, ae, run.step, cfg.ema)
         run.step += 1
 
         if run.due(cfg.log_every, cfg.save_every):
             with torch.no_grad(), autocast(device, dtype):
-                z = ae.encode(preview)
-                x_rec = ae.decode(z).clamp(-1, 1)
+                z = ema.encode(preview)
+                x_rec = ema.decode(z).clamp(-1, 1)
             more = {"held_psnr": psnr(x_rec, preview).mean(), "z_std": z.std()}
             if cfg.ae == "vq":
                 more["codes_percent"], more["perplexity"] = codebook_use(ae.usage)
@@ -990,7 +991,7 @@ def train_ldm(cfg):
     ae, part, c, halvings = None, None, defaults(AEConfig, cfg.data), 0
     if cfg.space == "latent":
         ckpt = load_checkpoint(Path(cfg.out, "ae.pt"), "ae")
-        c, part = ckpt["config"], {"config": ckpt["config"], "weights": ckpt["parts"]["ae"]}
+        c, part = ckpt["config"], {"config": ckpt["config"], "weights": ckpt["parts"]["ema"]}
         ae, halvings = build_autoencoder(**part).to(device), len(c["widths"]) - 1
         require(cfg.size in (0, c["size"]), "size", cfg.size, f"ae.pt has {c['size']}")
     cfg.size = cfg.size or c["size"]
@@ -1111,7 +1112,7 @@ def evaluate(cfg):
         ae = model[2].ae
     else:
         config, parts = (load_checkpoint(path, "ae")[k] for k in ("config", "parts"))
-        ae = build_autoencoder(config, parts["ae"]).to(device)
+        ae = build_autoencoder(config, parts["ema"]).to(device)
     c = ae.config if ae else defaults(AEConfig, config["data"])
     root = cfg.data_root or config["data_root"]
     train, held = load_images(config["data"], root, config["size"], c["channels"])
@@ -1149,7 +1150,6 @@ def evaluate(cfg):
     return table
 
 # ---- 14. Command line ----------------------------------------------------------------------------
-# Thin: a notebook calls the same functions with the same settings (README, "In a notebook").
 def demo(cfg):
     """Both stages and samples, by default on toy faces at a tiny size; these need no download."""
     train_ae(resolve(AEConfig, asdict(cfg)))

@@ -897,6 +897,15 @@ def test_ema_warms_up_then_keeps_its_limit():
         ldm.update_ema(ema, model, step, limit=0.99)
         assert ema.weight.item() == pytest.approx(decay) and model.weight.item() == 0
 
+@pytest.mark.parametrize("ema, same", [(0, True), (0.5, False)])
+def test_autoencoder_in_use_is_the_average_of_the_trained_one(train, tmp_path, ema, same):
+    """With --ema 0 it is the last one itself; else each of its weights is between old and new."""
+    assert train("train-ae", tmp_path / "out", "--steps", 3, "--ema", ema) == 0
+    parts = load(tmp_path / "out" / "ae.pt")["parts"]
+    for name, w in parts["ae"].items():
+        if name not in ("usage", "codebook"):
+            assert torch.equal(parts["ema"][name], w) == same, name
+
 def test_latent_space_undoes_the_normalisation_before_decoding():
     """decode gives the autoencoder z * std + mean, and clamps pixels only."""
     seen, mean, std = [], torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0])
@@ -936,14 +945,15 @@ def test_file_is_whole_or_not_there(tmp_path):
 def test_checkpoints_hold_everything_and_execute_nothing(trained):
     """Weights, EMA, optimisers, scaler, step, settings, latent statistics; weights_only loads."""
     ae, unet = load(trained / "ae.pt"), load(trained / "ldm.pt")
-    assert set(ae["parts"]) == {"ae", "disc", "opt", "opt_d", "scaler"}
+    assert set(ae["parts"]) == {"ae", "ema", "disc", "opt", "opt_d", "scaler"}
     assert set(unet["parts"]) == {"unet", "ema", "opt", "scaler"}
     assert ae["step"] == unet["step"] == 4 and unet["config"]["lr"] == 2e-3
     assert ae["parts"]["opt"]["state"][0]["step"] == 4
     assert unet["extra"]["mean"].shape == unet["extra"]["std"].shape == (1, 2, 1, 1)
-    assert_same(unet["extra"]["ae"]["weights"], ae["parts"]["ae"])
-    some = "conv_in.weight"
-    assert not torch.equal(unet["parts"]["ema"][some], unet["parts"]["unet"][some])
+    assert_same(unet["extra"]["ae"]["weights"], ae["parts"]["ema"])
+    for parts, net, some in ((unet["parts"], "unet", "conv_in.weight"),
+                             (ae["parts"], "ae", "encoder.0.weight")):
+        assert not torch.equal(parts["ema"][some], parts[net][some])
     assert not any("_orig_mod" in k for k in unet["parts"]["unet"])
 
 def test_sampling_uses_the_weight_average(trained):
@@ -951,7 +961,7 @@ def test_sampling_uses_the_weight_average(trained):
     (unet, s, space, shape), config = ldm.load_ldm(trained / "ldm.pt", CPU)
     ckpt = load(trained / "ldm.pt")
     assert_same(dict(unet.state_dict()), dict(ckpt["parts"]["ema"]))
-    assert_same(dict(space.ae.state_dict()), dict(load(trained / "ae.pt")["parts"]["ae"]))
+    assert_same(dict(space.ae.state_dict()), dict(load(trained / "ae.pt")["parts"]["ema"]))
     assert shape == [2, 8, 8] and s.target == "v" and config["size"] == 16
     assert not any(p.requires_grad for p in [*unet.parameters(), *space.ae.parameters()])
 
@@ -1221,7 +1231,7 @@ def test_latents_of_another_autoencoder_are_never_used(train, trained, tmp_path,
 def test_latents_of_other_images_are_never_used(trained, tmp_path):
     """The same number of images in another order are encoded anew; the same are not."""
     ckpt, images = load(trained / "ae.pt"), ldm.toyfaces(range(100), 16)
-    ae = ldm.build_autoencoder(ckpt["config"], ckpt["parts"]["ae"])
+    ae = ldm.build_autoencoder(ckpt["config"], ckpt["parts"]["ema"])
     cfg, encoded = ldm.LDMConfig(out=str(tmp_path), flip=False), []
     ae.encode = lambda x, encode=ae.encode: (encoded.append(len(x)), encode(x))[1]
     first = ldm.load_latents(cfg, ae, "name", images, CPU, None)
@@ -1317,7 +1327,7 @@ def test_eval_with_vgg_prints_all_figures(trained, faces, tmp_path, capsys, monk
         assert any(word in name for name in table), word
     _, held = ldm.load_images(str(faces), tmp_path, 16, 3)
     ckpt, x = load(trained / "ae.pt"), ldm.to_float(held, CPU)
-    ae = ldm.build_autoencoder(ckpt["config"], ckpt["parts"]["ae"])
+    ae = ldm.build_autoencoder(ckpt["config"], ckpt["parts"]["ema"])
     mse = (ae.decode(ae.encode(x)).clamp(-1, 1) - x).square().mean((1, 2, 3))
     assert table["PSNR, dB"] == pytest.approx(float((10 * torch.log10(4 / mse)).mean()), abs=1e-3)
 
@@ -1458,14 +1468,68 @@ def test_frechet_distance_of_one_image_is_not_a_number():
     """A covariance takes two; eval of a tiny folder says nan and goes on."""
     assert math.isnan(ldm.frechet_distance(torch.randn(1, 4), torch.randn(9, 4)))
 
-def test_readme_names_every_flag_and_shows_small_pictures():
-    """The README's tables are complete; its pictures exist and take less than 1 MB in all."""
-    text = (HERE / "README.md").read_text()
-    flags = {f.name for cls, _, _ in ldm.COMMANDS.values() for f in fields(cls)}
-    assert not [f for f in flags if f"`--{f.replace('_', '-')}`" not in text]
-    pictures = re.findall(r"\((assets/[^)]+)\)", text)
+README = (HERE / "README.md").read_text()
+
+def test_readme_shows_small_pictures():
+    """Its pictures exist, no others do, and they take less than 1 MB in all."""
+    pictures = re.findall(r"\((assets/[^)]+)\)", README)
     assert pictures and sum((HERE / p).stat().st_size for p in pictures) < 1_000_000
     assert {p.name for p in (HERE / "assets").iterdir()} == {Path(p).name for p in pictures}
+
+@pytest.mark.parametrize("command", ldm.COMMANDS)
+def test_readme_has_every_flag_with_its_defaults(command):
+    """The tables of flags are those of the code."""
+    for f in fields(ldm.COMMANDS[command][0]):
+        show = lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else "empty" if v == "" else v
+        default = "; ".join([f"{show(f.default)}"] + [
+            f"{data} {show(v)}" for data, v in f.metadata["presets"].items()])
+        row = f"| `--{f.name.replace('_', '-')}` | {default} | {f.metadata['help']}"
+        assert row in README, row
+
+def readme_commands():
+    """Every `python ldm.py ...` in the README's code blocks, loop variables replaced."""
+    loop = {"$s": "dpm", "$k": "10", "$r": "x", "$ae": "kl"}
+    for block in re.findall(r"```\n(.*?)```", README, re.S):
+        for name, value in loop.items():
+            block = re.sub(re.escape(name) + r"\b", value, block)
+        for line in re.findall(r"python ldm\.py ([^#;&\n]+)", block):
+            yield line.strip()
+
+@pytest.mark.parametrize("line", sorted(set(readme_commands())))
+def test_readme_commands_are_accepted(line):
+    """Each command line of the README has a known subcommand, known flags and valid values."""
+    given = vars(ldm.build_parser().parse_args(line.split()))
+    ldm.resolve(ldm.COMMANDS[given.pop("command")][0], given)
+
+def test_readme_notebook_cell_trains_and_samples(monkeypatch):
+    """At most 15 lines: import ldm, ten steps of both stages, sixteen pictures."""
+    noise = lambda i, size: torch.randint(256, (len(i), 3, size, size), dtype=torch.uint8)
+    monkeypatch.setattr(ldm, "toyfaces", noise)  # drawing all 9216 faces takes some seconds
+    cell = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    names = {}
+    exec(cell, names)
+    assert len(cell.splitlines()) <= 15 and names["images"].shape == (16, 3, 32, 32)
+    assert names["images"].isfinite().all() and names["images"].abs().max() <= 1
+
+BLOCKS = "GroupNorm norm_silu_conv ResBlock Attention Layers DownBlock MidBlock UpBlock"
+TO_COPY = {"VQVAE": f"{BLOCKS} build_encoder build_decoder", "VAE": f"{BLOCKS} build_encoder "
+           "build_decoder", "LPIPS": "UserError vgg16_weights", "PatchGAN": "",
+           "NoiseScheduler": "", "UNet": f"{BLOCKS} TimeEmbedding"}
+
+@pytest.mark.parametrize("name", TO_COPY)
+def test_each_class_can_be_copied_out_of_the_file(name, vgg):
+    """With the parts that the README names, and the usual imports, it works in another file."""
+    text = (HERE / "ldm.py").read_text()
+    parts = {n.name: ast.get_source_segment(text, n) for n in ast.parse(text).body
+             if isinstance(n, (ast.ClassDef, ast.FunctionDef))}
+    copied = dict(math=math, np=np, torch=torch, nn=nn, F=F, models=models, Path=Path)
+    exec("\n".join(parts[n] for n in [*TO_COPY[name].split(), name]), copied)
+    cls, x, z = copied[name], torch.randn(2, 3, 32, 32), torch.randn(2, 4, 8, 8)
+    out = {"VQVAE": lambda: cls(3, (8, 16), 1, 4, 16)(x)[0], "VAE": lambda: cls(3, (8, 16), 1, 4)(x)[0],
+           "LPIPS": lambda: cls(HERE / "lpips_weights.pth", vgg)(x, -x), "PatchGAN": lambda: cls()(x),
+           "NoiseScheduler": lambda: cls().ddim_step(z, z, 5),
+           "UNet": lambda: cls(4, (8, 16), 1, 1)(z, torch.tensor([3, 9]))}[name]()
+    assert out.isfinite().all()
 
 def test_pictures_of_progress_end_with_the_sample(trained, tmp_path):
     """The last column of progress.png is what samples.png shows."""
