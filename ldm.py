@@ -16,6 +16,7 @@ Letters, the same in papers, code and tests:
   B batch   C image channels   H W image height, width   D latent channels   h w latent size
   K codebook size   T diffusion steps   x image in [-1, 1]   z latent   eps Gaussian noise
   z_e, z_q latent before, after quantising   z0 clean, z_t noisy latent   t step, 0 .. T-1
+  N images   c channels inside a network   abar product of 1 - beta   sg[.] stops the gradient
 The table of contents: grep "^# ----" ldm.py
 """
 import argparse, contextlib, copy, csv, hashlib, importlib.util, io, itertools, math, os
@@ -84,7 +85,7 @@ class AEConfig(TrainConfig):
 class LDMConfig(TrainConfig):
     batch: int = flag(128, "latents at once on the device", lo=1, toyfaces=64, mnist=256)
     steps: int = flag(10000, "optimiser steps, continued ones too", lo=1, toyfaces=1200, mnist=4000)
-    lr: float = flag(2e-4, "learning rate of Adam", lo=1e-12, toyfaces=1e-3, mnist=5e-4)
+    lr: float = flag(2e-4, "learning rate of Adam", lo=1e-12, toyfaces=2e-3, mnist=5e-4)
     space: str = flag("latent", "diffuse latents, or pixels as in DDPM", ("latent", "pixel"))
     size: int = flag(0, "image side in pixels; 0: the autoencoder's or the data set's", lo=0)
     widths: tuple = flag((192, 256, 384, 512), "UNet channels; a block between two neighbours",
@@ -115,7 +116,7 @@ def resolve(cls, given):
     cfg.out = cfg.out or (cfg.data and str(Path("runs", Path(cfg.data).resolve().name)))
     for f in fields(cls):
         value, lo, hi = getattr(cfg, f.name), f.metadata["lo"], f.metadata["hi"]
-        require(lo is None or lo <= value <= hi and value < math.inf, f.name, value,
+        require(lo is None or (lo <= value <= hi and value < math.inf), f.name, value,
                 f"must be {lo} or more" + f" and at most {hi}" * (hi < math.inf))
     if issubclass(cls, TrainConfig):
         cfg.widths, halvings = tuple(cfg.widths), len(cfg.widths) - 1
@@ -131,10 +132,9 @@ def resolve(cls, given):
                 f"times, so give a multiple of {unit}, like {max(1, cfg.size // unit) * unit}")
         require(cfg.batch > 1 or cfg.size >= 16 or not cfg.gan_weight, "batch", cfg.batch,
                 "batch norm cannot take one value: give 2, or --size 16, or --gan-weight 0")
-        late = cfg.disc_start >= cfg.steps
-        require(not late or "disc_start" not in given, "disc_start", cfg.disc_start,
-                f"is past --steps {cfg.steps}; --gan-weight 0 trains without")
-        if late and cfg.gan_weight:  # by default it is late in a short trial: no reason to refuse
+        if cfg.gan_weight and cfg.disc_start >= cfg.steps:  # in a short trial it is, by default
+            require("disc_start" not in given, "disc_start", cfg.disc_start,
+                    f"is past --steps {cfg.steps}; --gan-weight 0 trains without")
             print(f"note: --disc-start {cfg.disc_start} is past the end, no adversarial loss")
     return cfg
 def pick_device(cfg):
@@ -185,7 +185,7 @@ def toyfaces(indices, size=32):
             (-gap, gap), ((1, (255, 255, 255)), (0.6, iris), (0.3, (25, 20, 20)))):
         paint(ellipse(cx + side, cy, eye * scale, eye * scale * 0.8), shade)
     paint(ellipse(cx, cy + 0.2, 0.06, 0.08), skin * 0.8)                                # nose
-    bend = 1.6 * (1 - mood.clamp(max=2))                        # 0: smile, 1: straight, 2: sad
+    bend = 1.6 * (1 - mood.clamp(max=2))               # mood 0: smile, 1: straight, 2: sad, 3: open
     lips = (y - cy - 0.38 - bend * (0.02 - (x - cx) ** 2)).abs() - 0.035
     lips = torch.maximum(lips, (x - cx).abs() - 0.22)
     paint(torch.where(mood == 3, ellipse(cx, cy + 0.38, 0.13, 0.11), lips), (150, 40, 50))
@@ -225,7 +225,7 @@ def load_folder(folder, size, channels, cache_folder):
         except Exception as error:  # PIL raises a dozen kinds
             print(f"skipped, unreadable: {str(path)!r} ({error})")
             return b""
-    if not cache.exists() or zlib.crc32(np.memmap(cache)) != 0x2144DF1C:  # data + its CRC give that
+    if not cache.exists() or zlib.crc32(np.memmap(cache, mode="r")) != 0x2144DF1C:
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))
         with new_file(cache) as file, ThreadPoolExecutor(4) as pool:
             bad = crc = 0  # PIL frees the interpreter lock; more than 4 threads only queue for it
@@ -233,7 +233,7 @@ def load_folder(folder, size, channels, cache_folder):
                 bad, crc = bad + (file.write(data) == 0), zlib.crc32(data, crc)
                 progress(f"decoding {i}/{len(paths)} images, {bad} unreadable", i == len(paths))
             require(bad < len(paths), "data", folder, f"none of its {bad} images is readable")
-            file.write(crc.to_bytes(4, "little"))
+            file.write(crc.to_bytes(4, "little"))  # the CRC32 of data + its CRC is 0x2144DF1C
     images = torch.from_file(str(cache), size=cache.stat().st_size - 4, dtype=torch.uint8)
     return images.view(-1, size, size, channels).permute(0, 3, 1, 2)            # (N, C, H, W)
 
@@ -297,7 +297,7 @@ class TimeEmbedding(nn.Module):
     """Steps t (B,) -> (B, t_dim): sinusoids of geometric wavelengths, then an MLP."""
     def __init__(self, dim, t_dim):
         super().__init__()
-        freqs = 10000 ** (-torch.arange(dim // 2) / (dim // 2))                 # 1 .. 1 / 10000
+        freqs = 10000 ** (-torch.arange(dim // 2) / (dim // 2))  # (dim / 2,), 1 .. about 1 / 10000
         self.register_buffer("freqs", freqs, persistent=False)
         self.mlp = nn.Sequential(nn.Linear(dim // 2 * 2, t_dim), nn.SiLU(),
                                  nn.Linear(t_dim, t_dim), nn.SiLU())
@@ -331,7 +331,7 @@ class Attention(nn.Module):
         B, c, h, w = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)                        # (B, h*w, c)
         q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2)
-                   for part in self.qkv(tokens).chunk(3, dim=2))                # (B, heads, h*w, d)
+                   for part in self.qkv(tokens).chunk(3, dim=2))       # (B, heads, h*w, c / heads)
         out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(d)) v, fused
         out = self.proj(out.transpose(1, 2).flatten(2))                         # (B, h*w, c)
         return x + out.transpose(1, 2).view(B, c, h, w)
@@ -369,14 +369,16 @@ class UpBlock(nn.Module):
         self.up = nn.Conv2d(c_in, c_in, 3, padding=1) if up else None
         self.layers = Layers(c_in + c_skip, c_out, layers, t_dim, heads)
     def forward(self, x, t_emb=None, skip=None):
-        if self.up is not None:  # each value twice; unlike nn.Upsample's, the gradient is a sum
-            x = x.movedim(1, -1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
+        if self.up is not None:  # F.interpolate(x, scale_factor=2) with a gradient that is fast
+            x = x.movedim(1, -1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)  # B h 2 w 2 c
             x = self.up(x.flatten(3, 4).flatten(1, 2).movedim(-1, 1))           # (B, c_in, 2h, 2w)
         return self.layers(x if skip is None else torch.cat([x, skip], dim=1), t_emb)
 
 # ---- 4. Autoencoders: VQVAE and VAE differ only in what happens to the latent --------------------
-# Unbounded latents would be hard to model in stage 2. The VQVAE (van den Oord et al. 2017, arXiv
-# 1711.00937) ties them to a codebook, the VAE (Kingma & Welling 2013, 1312.6114) to a Gaussian.
+# Both keep z easy to model in stage 2. VQVAE (van den Oord et al. 2017, arXiv 1711.00937): decoding
+# only K different vectors, so z_e gathers around them; argmin has no gradient, hence the straight-
+# through trick. VAE (Kingma & Welling 2013, 1312.6114): noise of a learned size is added to z, and
+# a KL term stops the mean from outgrowing it: a smooth pull, z stays continuous, no trick needed.
 def build_encoder(channels, widths, layers, c_out):
     """Network: image (B, C, H, W) -> (B, c_out, h, w) with h = H / 2 ** (len(widths) - 1)."""
     c = widths[-1]
@@ -395,8 +397,7 @@ def build_decoder(channels, widths, layers, z_channels):
 class VQVAE(nn.Module):
     """Autoencoder that replaces each latent vector by the nearest of K codebook vectors.
     Call restart_codes(z_e) before the first step and every hundred steps."""
-    def __init__(self, channels=3, widths=(64, 64, 128, 256), layers=2, z_channels=4,
-                 codebook_size=8192):
+    def __init__(self, channels, widths, layers, z_channels, codebook_size):
         super().__init__()
         self.encoder = build_encoder(channels, widths, layers, z_channels)
         self.decoder = build_decoder(channels, widths, layers, z_channels)
@@ -404,13 +405,12 @@ class VQVAE(nn.Module):
         self.register_buffer("usage", torch.zeros(codebook_size))  # picks since the last restart
     def quantise(self, z_e):
         """z_e (B, D, h, w) -> z_q (B, D, h, w), nearest codes (Eq. 1-2), and indices (B, h, w)."""
-        with torch.autocast(z_e.device.type, enabled=False):  # in bf16 one in four would be wrong
-            z = z_e.detach().float().movedim(1, -1)                             # (B, h, w, D)
-            with torch.no_grad():  # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 does not matter
-                norms = self.codebook.square().sum(1)                           # (K,)
-                dist = torch.addmm(norms, z.flatten(0, -2), self.codebook.T, alpha=-2)
-                indices = dist.argmin(1).view(z.shape[:-1])                     # from (B*h*w, K)
-            return F.embedding(indices, self.codebook).movedim(-1, 1), indices
+        with torch.no_grad(), torch.autocast(z_e.device.type, enabled=False):  # bf16: 1 in 4 wrong
+            z = z_e.float().movedim(1, -1)                                      # (B, h, w, D)
+            norms = self.codebook.square().sum(1)  # (K,); |z - e|^2 = |e|^2 - 2 z.e + |z|^2,
+            dist = torch.addmm(norms, z.flatten(0, -2), self.codebook.T, alpha=-2)  # less |z|^2
+            indices = dist.argmin(1).view(z.shape[:-1])                         # from (B*h*w, K)
+        return F.embedding(indices, self.codebook).movedim(-1, 1), indices
     def forward(self, x):
         """x (B, C, H, W) in [-1, 1] -> reconstruction, {name: loss term}. Eq. 3:
         codebook = |sg[z_e] - e|^2 pulls the codes, commit = |z_e - sg[e]|^2 pulls the encoder."""
@@ -439,8 +439,8 @@ class VQVAE(nn.Module):
         self.usage.zero_()
 
 class VAE(nn.Module):
-    """Autoencoder whose latent values are Gaussians, held near N(0, 1) by a KL term."""
-    def __init__(self, channels=3, widths=(64, 64, 128, 256), layers=2, z_channels=4):
+    """Autoencoder whose latent values are Gaussians; a KL term draws them, weakly, to N(0, 1)."""
+    def __init__(self, channels, widths, layers, z_channels):
         super().__init__()
         self.encoder = build_encoder(channels, widths, layers, 2 * z_channels)
         self.decoder = build_decoder(channels, widths, layers, z_channels)
@@ -468,8 +468,8 @@ def build_autoencoder(config, weights=None):
     return ae
 
 # ---- 5. LPIPS: how different two images look (Zhang et al. 2018, arXiv 1801.03924) ---------------
-# The smallest mean pixel error is that of a blur, the average of all likely details. A distance
-# of features of an image classifier punishes blur, so the decoder has to decide.
+# Where z leaves details open, the least pixel error is their average (l2) or median (l1): blur. In
+# a distance of features of an image classifier a blur is far away, so the decoder has to decide.
 def vgg16_weights():
     """The `features.*` weights of torchvision's ImageNet VGG16, from torch.hub's cache or its URL.
     Raises UserError where there is neither."""
@@ -511,16 +511,15 @@ class LPIPS(nn.Module):
             h = part(h)
             maps.append(h)
         return maps
-    unit = staticmethod(lambda f: F.normalize(f.float()))  # in float32: squares overflow fp16
+    unit = staticmethod(lambda f: F.normalize(f.float(), dim=1))  # float32: squares overflow fp16
     def forward(self, x, y):
         """x, y (B, 1 or 3, H, W) -> distances (B,), Eq. 1: the sum over layers of
         mean_hw sum_c lin (unit(f_x) - unit(f_y))^2, lin being w^2. No gradient goes into y."""
         maps_x = self.features(x)
         with torch.no_grad():
             maps_y = self.features(y)
-        with torch.autocast(x.device.type, enabled=False):
-            return sum((getattr(self, f"lin{i}") * (self.unit(a) - self.unit(b)).square())
-                       .sum(1).mean((1, 2)) for i, (a, b) in enumerate(zip(maps_x, maps_y)))
+        return sum((getattr(self, f"lin{i}") * (self.unit(a) - self.unit(b)).square())
+                   .sum(1).mean((1, 2)) for i, (a, b) in enumerate(zip(maps_x, maps_y)))
 
 # ---- 6. PatchGAN: a critic of patches (Isola et al. 2017, arXiv 1611.07004) ----------------------
 # The decoder also learns to fool it, which brings the fine texture that no distance asks for:
@@ -550,11 +549,14 @@ def discriminator_loss(kind, real, fake):
 
 # ---- 7. Noise scheduler: how noise goes in, and three ways to take it out ------------------------
 # DDPM: Ho et al. 2020, arXiv 2006.11239. DDIM: Song et al. 2020, 2010.02502. DPM-Solver++(2M): Lu
-# et al. 2022, 2211.01095. abar is the cumulative product of 1 - beta.
+# et al. 2022, 2211.01095. abar = product of 1 - beta, alpha = sqrt(abar), sigma = sqrt(1 - abar).
+# A squared error is least for the mean of all eps that fit z_t, and that mean is -sigma times the
+# score, the gradient of log p(z_t): plain regression finds the direction in which the data lie.
+# One jump from pure noise would end at a blur, the average face; each small step commits to a bit.
 class NoiseScheduler(nn.Module):
     """z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps. t = 0 has one step of noise, t = -1 has none.
-    target is what the network predicts: eps, or v = sqrt(abar) eps - sqrt(1 - abar) z0 (Salimans
-    & Ho 2022, arXiv 2202.00512), which also says something where z_t is nearly all noise."""
+    target is what the network predicts: eps, or v = alpha eps - sigma z0 (Salimans & Ho 2022, arXiv
+    2202.00512). Near t = T-1 eps is almost z_t, a trivial task; v is almost -z0, a real one."""
     def __init__(self, T=1000, schedule="linear", target="v"):
         super().__init__()
         self.T, self.target = T, target
@@ -562,8 +564,8 @@ class NoiseScheduler(nn.Module):
             betas = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, T, dtype=torch.float64) ** 2
             betas = betas * 1000 / T
         else:  # cosine: Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 17
-            s = torch.linspace(0, 1, T + 1, dtype=torch.float64)
-            abar = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
+            u = torch.linspace(0, 1, T + 1, dtype=torch.float64)                # t / T
+            abar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = 1 - abar[1:] / abar[:-1]
         abar = torch.cumprod(1 - betas.clamp(max=0.999), dim=0)                 # (T,)
         self.register_buffer("alphas_cumprod", abar.float(), persistent=False)
@@ -588,10 +590,10 @@ class NoiseScheduler(nn.Module):
     def ddpm_step(self, z0, z_t, t, t_prev, noise):
         """Draws from q(z_prev | z_t, z0): DDPM Eq. 6-7 and Algorithm 2, for any t_prev < t."""
         abar, abar_prev = self.abar[t], self.abar[t_prev]
-        alpha = abar / abar_prev                                                # 1 - beta
-        mean = (math.sqrt(abar_prev) * (1 - alpha) * z0
-                + math.sqrt(alpha) * (1 - abar_prev) * z_t) / (1 - abar)
-        var = (1 - alpha) * (1 - abar_prev) / (1 - abar)  # 0 in the last step
+        a = abar / abar_prev                        # 1 - beta_t if t_prev = t - 1: DDPM's alpha_t
+        mean = (math.sqrt(abar_prev) * (1 - a) * z0
+                + math.sqrt(a) * (1 - abar_prev) * z_t) / (1 - abar)
+        var = (1 - a) * (1 - abar_prev) / (1 - abar)  # 0 in the last step
         return mean + math.sqrt(var) * noise
     def ddim_step(self, z0, eps, t_prev):
         """The same z0 and eps, mixed with less noise: DDIM Eq. 12 with sigma = 0."""
@@ -599,7 +601,7 @@ class NoiseScheduler(nn.Module):
     def dpm_step(self, z0, z_t, t, t_prev, last=None):
         """DPM-Solver++(2M), Algorithm 2: DDIM with z0 extrapolated from the step before.
         last: (t, z0) of the step before; None in the first one."""
-        half_log_snr = lambda t: 0.5 * math.log(self.abar[t] / (1 - self.abar[t]))  # lambda_t
+        half_log_snr = lambda s: 0.5 * math.log(self.abar[s] / (1 - self.abar[s]))  # lambda_s
         if last is not None and t_prev >= 0:  # the last step has no end in this variable: order 1
             r = (half_log_snr(t) - half_log_snr(last[0])) / (half_log_snr(t_prev) - half_log_snr(t))
             z0 = z0 + (z0 - last[1]) / (2 * r)                                  # D_i
@@ -607,22 +609,21 @@ class NoiseScheduler(nn.Module):
         shrink = math.sqrt((1 - abar_prev) / (1 - abar))                        # sigma_prev / sigma
         return shrink * z_t + (math.sqrt(abar_prev) - shrink * math.sqrt(abar)) * z0
 
-# ---- 8. UNet: predicts the noise (or v) in z_t ---------------------------------------------------
+# ---- 8. UNet, latent space, and the sampling loop that ties sections 4, 7 and 8 together ---------
 # The blocks of section 3, now with time embedding and attention, and skips from down to up.
 class UNet(nn.Module):
     """z_t (B, D, h, w), t (B,) -> prediction (B, D, h, w); 2 ** downs must divide h and w."""
-    def __init__(self, z_channels=4, widths=(192, 256, 384, 512), downs=3, layers=2):
+    def __init__(self, z_channels, widths, downs, layers):
         super().__init__()
         t_dim = 4 * widths[0]
         self.time = TimeEmbedding(widths[0], t_dim)
         self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
-        pairs = [(a, b, i < downs) for i, (a, b) in enumerate(zip(widths, widths[1:]))]
-        self.downs = nn.ModuleList(DownBlock(a, b, layers, t_dim, 4, half) for a, b, half in pairs)
-        self.mid = MidBlock(widths[-1], widths[-2], layers, t_dim)
-        # the width falls before the resolution rises: wide layers are cheap where there are few
-        outs = widths[:1] + widths[:-2]
-        self.ups = nn.ModuleList(UpBlock(a, out, layers, t_dim, 4, half, c_skip=a)
-                                 for (a, _, half), out in reversed([*zip(pairs, outs)]))
+        self.downs, self.mid = nn.ModuleList(), MidBlock(widths[-1], widths[-2], layers, t_dim)
+        self.ups = nn.ModuleList()
+        for i, (a, b) in enumerate(zip(widths, widths[1:])):
+            self.downs.append(DownBlock(a, b, layers, t_dim, heads=4, down=i < downs))
+            c_out = widths[max(0, i - 1)]  # narrower before the resolution rises, which is cheaper
+            self.ups.insert(0, UpBlock(a, c_out, layers, t_dim, heads=4, up=i < downs, c_skip=a))
         self.out = norm_silu_conv(widths[0], z_channels)
         nn.init.zeros_(self.out[-1].weight)
     def forward(self, z_t, t):
@@ -636,9 +637,9 @@ class UNet(nn.Module):
             x = up(x, t_emb, skips.pop())
         return self.out(x).float()                                              # (B, D, h, w)
 class LatentSpace:
-    """The latents that the UNet sees, (z - mean) / std per channel, and the way back to images.
-    The schedule expects data of variance 1; an autoencoder's latents have any (arXiv 2112.10752,
-    section G). Without an autoencoder this is pixel space, as in DDPM."""
+    """The latents that the UNet sees, (z - mean) / std per channel, and the way back to images. The
+    schedule expects variance 1: larger latents would show through at t = T-1, where sampling starts
+    from pure noise; smaller ones drown at once (arXiv 2112.10752, section G). No ae: pixels."""
     def __init__(self, ae, mean, std):
         self.ae, self.mean, self.std = ae, mean, std                            # (1, D, 1, 1)
     def decode(self, z):
@@ -658,7 +659,7 @@ def sample_images(unet, scheduler, space, shape, n, seed, sampler="dpm", steps=3
         z_t, last = noise(), None                                               # (batch, D, h, w)
         with autocast(device, dtype):
             t_now = torch.zeros(len(own), device=device)
-            if device.type == "cuda" and (i == 0 or len(own) < batch):  # one launch, not a thousand
+            if device.type == "cuda" and (i == 0 or len(own) < batch):  # a CUDA graph: one launch
                 net = torch.cuda.make_graphed_callables(lambda *a: unet(*a), (z_t.clone(), t_now))
             for t, t_prev in scheduler.timesteps(steps):
                 pred = net(z_t, t_now.fill_(t))
@@ -750,8 +751,7 @@ class Run:
         if ckpt["extra"].get("ae_name") != self.extra.get("ae_name"):
             raise UserError(f"{self.path} belongs to another ae.pt: delete it or change --out")
         for name, part in self.parts.items():
-            state = ckpt["parts"][name]
-            if state:  # a GradScaler that is off has none
+            if state := ckpt["parts"][name]:  # a GradScaler that is off has none
                 part.load_state_dict(state)
         self.step = ckpt["step"]
         print(f"going on at step {self.step} of {self.cfg.steps}: {self.path}")
@@ -866,8 +866,8 @@ def optimise(scaler, optimiser, net):
     optimiser.zero_grad(set_to_none=True)
 @torch.no_grad()
 def update_ema(ema, model, step, limit):
-    """ema = decay ema + (1 - decay) model: smooths out what single steps do to the weights. The
-    decay rises from 0.1, so that the average spans about the last tenth of the steps."""
+    """ema = decay ema + (1 - decay) model. Adam's steps jitter around a good point; an average over
+    the last tenth of them (the decay rises from 0.1) lies nearer to it than any single one."""
     decay = min(limit, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 def compile_networks(cfg, device, *nets):
@@ -878,12 +878,20 @@ def compile_networks(cfg, device, *nets):
         print("the first step compiles, for minutes; --no-compile starts at once, but is slower")
         warnings.filterwarnings("ignore", message="TensorFloat32")  # the codebook needs float32
         for net in nets:
-            # CUDA graphs: Python is too slow to launch the kernels; gradients cannot add up in them
+            # CUDA graphs save launches, but a replay overwrites the gradients that --accum adds up
             net.compile(dynamic=False, mode="reduce-overhead" if cfg.accum == 1 else "default")
 
 # ---- 11. Stage 1: the autoencoder ----------------------------------------------------------------
 # VQGAN, arXiv 2012.09841, section 3.1: reconstruction + LPIPS + latent terms, and a GAN that
 # starts late, when the rest is good enough for texture to matter.
+def psnr(x_rec, x):
+    """Peak signal-to-noise ratio (B,) in dB of images in [-1, 1]: 10 log10(peak^2 / MSE)."""
+    return 10 * torch.log10(4 / (x_rec - x).square().mean((1, 2, 3)).clamp(min=1e-10))
+def codebook_use(picks):
+    """Picks per code (K,) -> codes in use in percent, perplexity exp(-sum p log p), at most K."""
+    p = picks / picks.sum().clamp(min=1)
+    return 100 * (p > 0).float().mean(), torch.special.entr(p).sum().exp()
+
 def train_ae(cfg):
     """Trains a VQVAE or VAE to cfg.steps and leaves <out>/ae.pt. Raises UserError."""
     device, dtype = pick_device(cfg)
@@ -905,7 +913,7 @@ def train_ae(cfg):
 
     for _ in run.loop():
         adversarial = cfg.gan_weight > 0 and run.step >= cfg.disc_start
-        # the discriminator starts alone; its word gains weight over the next 1000 steps
+        # the weight rises over 1000 steps: a critic that has learnt nothing would only do harm
         weights["gan"] = cfg.gan_weight * min(1, (run.step - cfg.disc_start) / 1000)
         for micro in range(cfg.accum):
             x = to_float(images[next(order)], device)                           # (B, C, H, W)
@@ -954,16 +962,9 @@ def train_ae(cfg):
         if run.due(cfg.save_every):  # picture rows: images, reconstructions, latents
             rows = preview, x_rec, latent_picture(z, cfg.size)
             run.save(torch.cat([r[:8].expand(-1, 3, -1, -1) for r in rows]), len(preview[:8]))
-def psnr(x_rec, x):
-    """Peak signal-to-noise ratio (B,) in dB of images in [-1, 1]: 10 log10(peak^2 / MSE)."""
-    return 10 * torch.log10(4 / (x_rec - x).square().mean((1, 2, 3)).clamp(min=1e-10))
-def codebook_use(picks):
-    """Picks per code (K,) -> codes in use in percent, perplexity exp(-sum p log p), at most K."""
-    p = picks / picks.sum().clamp(min=1)
-    return 100 * (p > 0).float().mean(), torch.special.entr(p).sum().exp()
 
 # ---- 12. Stage 2: diffusion on the latents -------------------------------------------------------
-# The autoencoder is frozen now, so each image is encoded once. The loss is DDPM Eq. 14.
+# The autoencoder is frozen, so each image is encoded once. The loss is DDPM Eq. 14, for v or eps.
 @torch.no_grad()
 def load_latents(cfg, ae, ae_name, images, device, dtype):
     """Latents of the images (with cfg.flip, mirrored too), (N, D, h, w) float16 on the device.
@@ -973,12 +974,13 @@ def load_latents(cfg, ae, ae_name, images, device, dtype):
         x = to_float(images[i:i + 16], device)  # few at once: it should not need more than training
         with autocast(device, dtype):
             x = x.flip(3) if flip else x
-            return (ae.encode(x) if ae else x).half()
+            return (ae.encode(x) if ae else x).half()  # rounds by 1/2000; t = 0 adds 0.04
     path = Path(cfg.out, "latents.pt")
     name = fingerprint(ae_name, cfg.flip, images.shape, images[::max(1, len(images) // 64)])
     try:
         cache = load_whole(path, device)
-        assert cache["name"] == name
+        if cache["name"] != name:
+            raise ValueError(name)
     except Exception:  # not there, damaged, of another autoencoder or of other images
         parts = itertools.product((False, True)[:1 + cfg.flip], range(0, len(images), 16))
         cache = {"name": name, "latents": torch.cat([encode(i, flip) for flip, i in parts])}
@@ -988,18 +990,20 @@ def load_latents(cfg, ae, ae_name, images, device, dtype):
 def train_ldm(cfg):
     """Trains a UNet on latents or pixels to cfg.steps and leaves <out>/ldm.pt. Raises UserError."""
     device, dtype = pick_device(cfg)
-    ae, part, c, halvings = None, None, defaults(AEConfig, cfg.data), 0
+    ae, saved, ae_cfg, halvings = None, None, defaults(AEConfig, cfg.data), 0
     if cfg.space == "latent":
         ckpt = load_checkpoint(Path(cfg.out, "ae.pt"), "ae")
-        c, part = ckpt["config"], {"config": ckpt["config"], "weights": ckpt["parts"]["ema"]}
-        ae, halvings = build_autoencoder(**part).to(device), len(c["widths"]) - 1
-        require(cfg.size in (0, c["size"]), "size", cfg.size, f"ae.pt has {c['size']}")
-    cfg.size = cfg.size or c["size"]
+        ae_cfg = ckpt["config"]
+        saved = {"config": ae_cfg, "weights": ckpt["parts"]["ema"]}  # what ldm.pt keeps of stage 1
+        ae, halvings = build_autoencoder(**saved).to(device), len(ae_cfg["widths"]) - 1
+        require(cfg.size in (0, ae_cfg["size"]), "size", cfg.size, f"ae.pt has {ae_cfg['size']}")
+    cfg.size = cfg.size or ae_cfg["size"]
     side = cfg.size // 2 ** halvings  # of what the UNet sees
     require(side % 2 ** cfg.downs == 0, "downs", cfg.downs, f"{side} cannot be halved so often")
-    require(side <= 64, "size", cfg.size, "is too much for attention over all pixels; give 64")
-    images, _ = load_images(cfg.data, cfg.data_root, cfg.size, c["channels"])
-    ae_name = fingerprint(*(part["weights"].values() if part else []))
+    require(side <= 64, "size", cfg.size, f"is {side}x{side} to the UNet, too much to attend over: "
+            "at most 64x64; a smaller --size, or one more entry in the --widths of train-ae")
+    images, _ = load_images(cfg.data, cfg.data_root, cfg.size, ae_cfg["channels"])
+    ae_name = fingerprint(*(saved["weights"].values() if saved else []))
     z_all = load_latents(cfg, ae, ae_name, images, device, dtype)               # (N, D, h, w)
     std, mean = torch.std_mean(z_all.float(), (0, 2, 3), keepdim=True)          # (1, D, 1, 1)
     space, shape = LatentSpace(ae, mean, std), list(z_all.shape[1:])
@@ -1010,7 +1014,7 @@ def train_ldm(cfg):
     scheduler = NoiseScheduler(schedule=cfg.schedule, target=cfg.target).to(device)
     opt = torch.optim.Adam(unet.parameters(), betas=(0.9, 0.99), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    run = Run(cfg, "ldm", device, dtype, dict(unet=unet, ema=ema, opt=opt, scaler=scaler), ae=part,
+    run = Run(cfg, "ldm", device, dtype, dict(unet=unet, ema=ema, opt=opt, scaler=scaler), ae=saved,
               ae_name=ae_name, mean=mean.cpu(), std=std.cpu(), shape=shape)
     print(f"  latents {tuple(z_all.shape)}, mean {mean.flatten()}, std {std.flatten()}")
     order = batch_indices(len(z_all), cfg.batch, cfg.seed, skip=run.step * cfg.accum)
@@ -1077,7 +1081,7 @@ def sample(cfg):
 @torch.no_grad()
 def save_progress(trace, space, folder):
     """progress.png, per image three rows: z_t, z_t decoded, the guess of z0 decoded; and a GIF."""
-    trace = trace + [2 * trace[-1][1:]]  # the last z0 is the sample
+    trace = trace + [(trace[-1][1], trace[-1][1])]  # after the last step z_t is the last z0
     pick = lambda n: [trace[k] for k in np.linspace(0, len(trace) - 1, n).round().astype(int)]
     rows = []
     for i in range(min(4, len(trace[0][0]))):
@@ -1096,10 +1100,7 @@ def frechet_distance(a, b):
         return math.nan
     a, b = a.double(), b.double()
     S_a, S_b = torch.cov(a.T), torch.cov(b.T)                                   # (c, c)
-    values, vectors = torch.linalg.eigh(S_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T                     # S_a^(1/2)
-    # S_a S_b has the eigenvalues of root S_b root, which is symmetric
-    cross = torch.linalg.eigvalsh(root @ S_b @ root).clamp(min=0).sqrt().sum()
+    cross = torch.linalg.eigvals(S_a @ S_b).real.clamp(min=0).sqrt().sum()  # tr (S_a S_b)^(1/2)
     return (a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * cross
 
 @torch.no_grad()
@@ -1131,9 +1132,8 @@ def evaluate(cfg):
         x_rec = batched(lambda z: ae.decode(z).clamp(-1, 1), z)
         table["PSNR, dB"] = psnr(x_rec, x).mean()
     if ae and c["ae"] == "vq":
-        picks = torch.bincount(batched(lambda z: ae.quantise(z)[1], z).flatten(),
-                               minlength=c["codebook_size"])
-        table["codes in use, %"], table["perplexity"] = codebook_use(picks)
+        table["codes in use, %"], table["perplexity"] = codebook_use(
+            batched(lambda z: ae.quantise(z)[1], z).flatten().bincount(minlength=len(ae.codebook)))
     if lpips:
         real, others = features(x), features(to_float(train[:len(held)], torch.device("cpu")))
         table["FD, as many training images"] = frechet_distance(others, real)
