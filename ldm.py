@@ -443,6 +443,8 @@ class VAE(nn.Module):
     def __init__(self, channels, widths, layers, z_channels):
         super().__init__()
         self.encoder = build_encoder(channels, widths, layers, 2 * z_channels)
+        # starts with little noise, else the first thousands of steps are spent on getting rid of it
+        nn.init.constant_(self.encoder[-1].bias[z_channels:], -6.0)             # of logvar
         self.decoder = build_decoder(channels, widths, layers, z_channels)
     def forward(self, x):
         """x (B, C, H, W) in [-1, 1] -> reconstruction, {"kl": KL(q(z | x) || N(0, 1))}, appendix B:
@@ -978,14 +980,12 @@ def load_latents(cfg, ae, ae_name, images, device, dtype):
     path = Path(cfg.out, "latents.pt")
     name = fingerprint(ae_name, cfg.flip, images.shape, images[::max(1, len(images) // 64)])
     try:
-        cache = load_whole(path, device)
-        if cache["name"] != name:
-            raise ValueError(name)
+        return load_whole(path, device)[name]
     except Exception:  # not there, damaged, of another autoencoder or of other images
         parts = itertools.product((False, True)[:1 + cfg.flip], range(0, len(images), 16))
-        cache = {"name": name, "latents": torch.cat([encode(i, flip) for flip, i in parts])}
-        save_whole(path, cache)
-    return cache["latents"]
+        latents = torch.cat([encode(i, flip) for flip, i in parts])
+        save_whole(path, {name: latents})
+        return latents
 
 def train_ldm(cfg):
     """Trains a UNet on latents or pixels to cfg.steps and leaves <out>/ldm.pt. Raises UserError."""

@@ -557,6 +557,11 @@ def test_vae_sample_is_reparameterised(vae):
     assert torch.equal(mean.grad, torch.ones_like(mean))
     assert torch.allclose(logvar.grad, (z - mean) / 2, atol=1e-6)  # dz / dlogvar
 
+def test_vae_starts_with_little_noise():
+    """The deviation of a new VAE's latents is a fraction of 1, or it would learn to shout first."""
+    mean, logvar = ldm.VAE(1, (8, 8), 1, 2).encoder(torch.randn(4, 1, 32, 32)).chunk(2, dim=1)
+    assert (0.5 * logvar).exp().max() < 0.2 and logvar.isfinite().all()
+
 @pytest.mark.parametrize("logvar", [-1e4, 1e4])
 def test_kl_stays_finite_for_extreme_variances(vae, logvar):
     """The clamp keeps exp(logvar) in range."""
@@ -1219,13 +1224,13 @@ def test_latents_of_another_autoencoder_are_never_used(train, trained, tmp_path,
     """After more steps of stage 1 they are encoded again; ldm.pt of the old one is refused."""
     out = tmp_path / "out"
     shutil.copytree(trained, out)
-    old = load(out / "latents.pt")["latents"]
+    (old,) = load(out / "latents.pt").values()
     assert train("train-ae", out, "--steps", 6) == 0
     capsys.readouterr()
     assert_refused(capsys, train("train-ldm", out, "--steps", 6), "ldm.pt", "another ae.pt")
     (out / "ldm.pt").unlink()
     assert train("train-ldm", out, "--steps", 1) == 0
-    new = load(out / "latents.pt")["latents"]
+    (new,) = load(out / "latents.pt").values()
     assert new.shape == old.shape == (72, 2, 8, 8) and not torch.equal(new, old)
 
 def test_latents_of_other_images_are_never_used(trained, tmp_path):
