@@ -64,7 +64,7 @@ class TrainConfig(RunConfig):
 class AEConfig(TrainConfig):
     ae: str = flag("vq", "autoencoder: vq = VQVAE, kl = VAE", ("vq", "kl"))
     batch: int = flag(16, "images at once on the device", lo=1, toyfaces=8, mnist=128)
-    steps: int = flag(9000, "optimiser steps, continued ones too", lo=1, toyfaces=2500, mnist=1000)
+    steps: int = flag(9000, "optimiser steps in all", lo=1, toyfaces=2500, mnist=1000)
     lr: float = flag(3e-4, "learning rate of Adam", lo=1e-12, toyfaces=2e-3, mnist=1e-3)
     size: int = flag(256, "image side in pixels", lo=8, toyfaces=32, mnist=28)
     channels: int = flag(3, "image channels: 3 colour, 1 grey", (1, 3), mnist=1)
@@ -84,7 +84,7 @@ class AEConfig(TrainConfig):
 @dataclass
 class LDMConfig(TrainConfig):
     batch: int = flag(128, "latents at once on the device", lo=1, toyfaces=64, mnist=256)
-    steps: int = flag(10000, "optimiser steps, continued ones too", lo=1, toyfaces=1200, mnist=4000)
+    steps: int = flag(10000, "optimiser steps in all", lo=1, toyfaces=1200, mnist=4000)
     lr: float = flag(2e-4, "learning rate of Adam", lo=1e-12, toyfaces=2e-3, mnist=5e-4)
     space: str = flag("latent", "diffuse latents, or pixels as in DDPM", ("latent", "pixel"))
     size: int = flag(0, "image side in pixels; 0: the autoencoder's or the data set's", lo=0)
@@ -275,14 +275,14 @@ def to_float(images, device):
 
 # ---- 3. Blocks: one set for the encoder, the decoder and the UNet -------------------------------
 # ResNet block and attention as in DDPM (Ho et al. 2020, arXiv 2006.11239, appendix B). Time
-# embedding, attention, skip and resampling are arguments. Sections 4 and 8 need no more than this.
+# embedding, attention, skip and resampling are arguments. The networks of 4 and 8 need no more.
 class GroupNorm(nn.GroupNorm):
     """(B, c, H, W) -> the same shape: each group of 4 channels or more gets mean 0, variance 1.
     A group of one channel would lose its mean, the very thing that the channel has to say."""
     def __init__(self, c):
         super().__init__(math.gcd(32, max(1, c // 4)), c)
     def forward(self, x):
-        if not torch.compiler.is_compiling():  # compiled, it would copy channels_last to NCHW
+        if not torch.compiler.is_compiling():  # nn.GroupNorm would, compiled, copy to NCHW
             return super().forward(x)
         x, size = x.float(), self.num_channels // self.num_groups
         pool = lambda v: v.mean((2, 3)).unflatten(1, (-1, size)).mean(2)        # (B, groups)
@@ -905,17 +905,17 @@ def train_ae(cfg):
         net.to(device, memory_format=layout(device))
     opt, opt_d = (torch.optim.Adam(n.parameters(), betas=(0.5, 0.9), fused=True) for n in nets)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    parts = dict(ae=ae, ema=copy.deepcopy(ae), disc=disc, opt=opt, opt_d=opt_d, scaler=scaler)
-    run, ema = Run(cfg, "ae", device, dtype, parts), parts["ema"].requires_grad_(False)
+    ema = copy.deepcopy(ae).requires_grad_(False)
+    parts = dict(ae=ae, ema=ema, disc=disc, opt=opt, opt_d=opt_d, scaler=scaler)
+    run = Run(cfg, "ae", device, dtype, parts)
     order = batch_indices(len(images), cfg.batch, cfg.seed, skip=run.step * cfg.accum)
     preview = to_float(held[:16], device)
-    weights = {name: getattr(cfg, f"{name}_weight") for name in
-               ("recon", "codebook", "commit", "kl", "perceptual")}
+    weights = {k: vars(cfg)[k + "_weight"] for k in "recon codebook commit kl perceptual".split()}
     compile_networks(cfg, device, *filter(None, (ae, lpips)))
 
     for _ in run.loop():
         adversarial = cfg.gan_weight > 0 and run.step >= cfg.disc_start
-        # the weight rises over 1000 steps: a critic that has learnt nothing would only do harm
+        # over 1000 steps the weight rises: a critic that has learnt nothing would only do harm
         weights["gan"] = cfg.gan_weight * min(1, (run.step - cfg.disc_start) / 1000)
         for micro in range(cfg.accum):
             x = to_float(images[next(order)], device)                           # (B, C, H, W)
@@ -974,8 +974,8 @@ def load_latents(cfg, ae, ae_name, images, device, dtype):
     def encode(i, flip):
         progress(f"encoding {i}/{len(images)}{', mirrored' * flip}")
         x = to_float(images[i:i + 16], device)  # few at once: it should not need more than training
+        x = x.flip(3) if flip else x
         with autocast(device, dtype):
-            x = x.flip(3) if flip else x
             return (ae.encode(x) if ae else x).half()  # rounds by 1/2000; t = 0 adds 0.04
     path = Path(cfg.out, "latents.pt")
     name = fingerprint(ae_name, cfg.flip, images.shape, images[::max(1, len(images) // 64)])
@@ -1041,7 +1041,7 @@ def train_ldm(cfg):
 
 # ---- 13. Sampling and evaluation -----------------------------------------------------------------
 def find_run(cfg, *stages):
-    """The newest checkpoint of these stages in --out, or under runs/. Raises UserError if none."""
+    """The first of these stages in --out, or in the newest folder of runs/. Raises UserError."""
     folders = [Path(cfg.out)] if cfg.out else Path("runs").glob("*")
     found = [f / f"{stage}.pt" for f in folders for stage in stages if (f / f"{stage}.pt").exists()]
     if not found:
@@ -1114,9 +1114,9 @@ def evaluate(cfg):
     else:
         config, parts = (load_checkpoint(path, "ae")[k] for k in ("config", "parts"))
         ae = build_autoencoder(config, parts["ema"]).to(device)
-    c = ae.config if ae else defaults(AEConfig, config["data"])
+    ae_cfg = ae.config if ae else defaults(AEConfig, config["data"])
     root = cfg.data_root or config["data_root"]
-    train, held = load_images(config["data"], root, config["size"], c["channels"])
+    train, held = load_images(config["data"], root, config["size"], ae_cfg["channels"])
     try:
         lpips = LPIPS(Path(__file__).with_name("lpips_weights.pth")).to(device)
     except UserError as error:
@@ -1131,7 +1131,7 @@ def evaluate(cfg):
         z = batched(ae.encode, x)
         x_rec = batched(lambda z: ae.decode(z).clamp(-1, 1), z)
         table["PSNR, dB"] = psnr(x_rec, x).mean()
-    if ae and c["ae"] == "vq":
+    if ae and ae_cfg["ae"] == "vq":
         table["codes in use, %"], table["perplexity"] = codebook_use(
             batched(lambda z: ae.quantise(z)[1], z).flatten().bincount(minlength=len(ae.codebook)))
     if lpips:
