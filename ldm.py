@@ -85,7 +85,7 @@ class AEConfig(TrainConfig):
 class LDMConfig(TrainConfig):
     batch: int = flag(128, "latents at once on the device", lo=1, toyfaces=64, mnist=256)
     steps: int = flag(10000, "optimiser steps in all", lo=1, toyfaces=1200, mnist=4000)
-    lr: float = flag(2e-4, "learning rate of Adam", lo=1e-12, toyfaces=2e-3, mnist=5e-4)
+    lr: float = flag(2e-4, "learning rate of Adam", lo=1e-12, toyfaces=2e-3, mnist=1e-3)
     space: str = flag("latent", "diffuse latents, or pixels as in DDPM", ("latent", "pixel"))
     size: int = flag(0, "image side in pixels; 0: the autoencoder's or the data set's", lo=0)
     widths: tuple = flag((192, 256, 384, 512), "UNet channels; a block between two neighbours",
