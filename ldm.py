@@ -897,8 +897,8 @@ def codebook_use(picks):
 def train_ae(cfg):
     """Trains a VQVAE or VAE to cfg.steps and leaves <out>/ae.pt. Raises UserError."""
     device, dtype = pick_device(cfg)
-    lpips = LPIPS(Path(__file__).with_name("lpips_weights.pth")) if cfg.perceptual_weight else None
     images, held = load_images(cfg.data, cfg.data_root, cfg.size, cfg.channels)
+    lpips = LPIPS(Path(__file__).with_name("lpips_weights.pth")) if cfg.perceptual_weight else None
     torch.manual_seed(cfg.seed)
     ae, disc = nets = build_autoencoder(asdict(cfg)), PatchGAN(cfg.channels)
     for net in filter(None, (*nets, lpips)):
