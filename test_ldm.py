@@ -1366,7 +1366,8 @@ def test_saved_images_are_rounded_not_cut():
     ("train-ae --layers 0", "--layers 0"), ("train-ae --log-every 0", "--log-every 0"),
     ("train-ae --save-every -5", "--save-every -5"), ("train-ae --z-channels 0", "--z-channels 0"),
     ("train-ae --codebook-size 1", "--codebook-size 1"), ("train-ae --size -8", "--size -8"),
-    ("train-ae --recon-weight -1", "--recon-weight -1"), ("train-ae --kl-weight inf", "--kl-weight"),
+    ("train-ae --recon-weight -1", "--recon-weight -1"),
+    ("train-ae --kl-weight inf", "--kl-weight"),
     ("train-ae --commit-weight nan", "--commit-weight nan"), ("train-ae --lr 0", "--lr 0"),
     ("train-ae --disc-start -1", "--disc-start -1"), ("train-ae --widths 0 0", "--widths (0, 0)"),
     ("train-ae --size 257 --widths 8 16", "--size 257 multiple 256"),
@@ -1374,8 +1375,9 @@ def test_saved_images_are_rounded_not_cut():
     ("train-ldm --downs -1", "--downs -1"), ("train-ldm --ema -0.1", "--ema -0.1"),
     ("train-ldm --size -1", "--size -1"), ("train-ldm --widths 16", "--widths two or more"),
     ("train-ldm --lr nan", "--lr nan"), ("train-ldm --accum -1", "--accum -1"),
-    ("train-ldm --space pixel --size 64 --data nope", "--data nope"), ("train-ldm --out nowhere", "ae.pt nowhere"),
-    ("sample --n -1", "--n -1"), ("sample --steps 0", "--steps 0"), ("sample --seed -1", "--seed -1"),
+    ("train-ldm --space pixel --size 64 --data nope", "--data nope"),
+    ("train-ldm --out nowhere", "ae.pt nowhere"), ("sample --n -1", "--n -1"),
+    ("sample --steps 0", "--steps 0"), ("sample --seed -1", "--seed -1"),
     ("sample --data nope", "ldm.pt nope"), ("eval --batch -2", "--batch -2"),
     ("eval --device mps", "--device mps"), ("demo --seed -3", "--seed -3"),
     ("demo --device cuda", "--device cuda"), ("demo --amp fp16 --device cpu", "--amp fp16")])
@@ -1487,8 +1489,8 @@ def test_readme_shows_small_pictures():
 def test_readme_has_every_flag_with_its_defaults(command):
     """The tables of flags are those of the code."""
     for f in fields(ldm.COMMANDS[command][0]):
-        show = lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else "empty" if v == "" else v
-        default = "; ".join([f"{show(f.default)}"] + [
+        show = lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else str(v) or "empty"
+        default = "; ".join([show(f.default)] + [
             f"{data} {show(v)}" for data, v in f.metadata["presets"].items()])
         row = f"| `--{f.name.replace('_', '-')}` | {default} | {f.metadata['help']}"
         assert row in README, row
@@ -1532,8 +1534,9 @@ def test_each_class_can_be_copied_out_of_the_file(name, vgg):
     copied = dict(math=math, np=np, torch=torch, nn=nn, F=F, models=models, Path=Path)
     exec("\n".join(parts[n] for n in [*TO_COPY[name].split(), name]), copied)
     cls, x, z = copied[name], torch.randn(2, 3, 32, 32), torch.randn(2, 4, 8, 8)
-    out = {"VQVAE": lambda: cls(3, (8, 16), 1, 4, 16)(x)[0], "VAE": lambda: cls(3, (8, 16), 1, 4)(x)[0],
-           "LPIPS": lambda: cls(HERE / "lpips_weights.pth", vgg)(x, -x), "PatchGAN": lambda: cls()(x),
+    out = {"VQVAE": lambda: cls(3, (8, 16), 1, 4, 16)(x)[0],
+           "VAE": lambda: cls(3, (8, 16), 1, 4)(x)[0], "PatchGAN": lambda: cls()(x),
+           "LPIPS": lambda: cls(HERE / "lpips_weights.pth", vgg)(x, -x),
            "NoiseScheduler": lambda: cls().ddim_step(z, z, 5),
            "UNet": lambda: cls(4, (8, 16), 1, 1)(z, torch.tensor([3, 9]))}[name]()
     assert out.isfinite().all()
@@ -1610,7 +1613,8 @@ def test_full_disk_is_one_sentence_and_costs_nothing(train, trained, tmp_path, c
     import resource
     out = tmp_path / "out"
     shutil.copytree(trained, out)
-    before, (_, hard) = (out / f"{stage}.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = (out / f"{stage}.pt").read_bytes()
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     assert len(before) > limit
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
