@@ -81,11 +81,12 @@ class AEConfig(TrainConfig):
     gan_weight: float = flag(0.1, "weight of the GAN loss; 0: off", lo=0, toyfaces=0.0, mnist=0.0)
     gan: str = flag("hinge", "adversarial loss", ("bce", "lsgan", "hinge"))
     disc_start: int = flag(2500, "step from which the adversarial loss trains", lo=0)
+    ema: float = flag(0.995, "decay of the weight average, which is what is used", lo=0, hi=1)
 @dataclass
 class LDMConfig(TrainConfig):
-    batch: int = flag(128, "latents at once on the device", lo=1, toyfaces=64, mnist=256)
-    steps: int = flag(10000, "optimiser steps in all", lo=1, toyfaces=1200, mnist=4000)
-    lr: float = flag(2e-4, "learning rate of Adam", lo=1e-12, toyfaces=2e-3, mnist=1e-3)
+    batch: int = flag(128, "latents at once on the device", lo=1, toyfaces=64, mnist=512)
+    steps: int = flag(10000, "optimiser steps in all", lo=1, toyfaces=1200, mnist=2000)
+    lr: float = flag(2e-4, "learning rate of Adam", lo=1e-12, toyfaces=2e-3, mnist=2e-3)
     space: str = flag("latent", "diffuse latents, or pixels as in DDPM", ("latent", "pixel"))
     size: int = flag(0, "image side in pixels; 0: the autoencoder's or the data set's", lo=0)
     widths: tuple = flag((192, 256, 384, 512), "UNet channels; a block between two neighbours",
@@ -728,9 +729,8 @@ def progress(text, last=False):
 progress.next = -math.inf
 
 class Run:
-    """One training stage in its run folder: starts or resumes, logs, saves, stops on Ctrl-C.
-    parts: {name: module, optimiser or scaler}, kept in the checkpoint beside `extra`.
-    Raises UserError if the checkpoint there does not fit."""
+    """A training stage in its run folder: starts or resumes, logs, saves, stops on Ctrl-C; raises
+    UserError if the checkpoint there does not fit. parts: {name: module, optimiser or scaler}."""
     def __init__(self, cfg, stage, device, dtype, parts, **extra):
         self.cfg, self.stage, self.parts, self.extra = cfg, stage, parts, extra
         self.dir, self.path = Path(cfg.out), Path(cfg.out, f"{stage}.pt")
@@ -868,8 +868,8 @@ def optimise(scaler, optimiser, net):
     optimiser.zero_grad(set_to_none=True)
 @torch.no_grad()
 def update_ema(ema, model, step, limit):
-    """ema = decay ema + (1 - decay) model. Adam's steps jitter around a good point; an average over
-    the last tenth of them (the decay rises from 0.1) lies nearer to it than any single one."""
+    """ema = decay ema + (1 - decay) model. Adam's steps jitter around a good point: an average over
+    the last tenth (the decay rises from 0.1) lies nearer, a long one blurs texture of the GAN."""
     decay = min(limit, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 def compile_networks(cfg, device, *nets):
@@ -1112,7 +1112,7 @@ def evaluate(cfg):
         model, config = load_ldm(path, device)
         ae = model[2].ae
     else:
-        config, parts = (load_checkpoint(path, "ae")[k] for k in ("config", "parts"))
+        config, parts = (ckpt := load_checkpoint(path, "ae"))["config"], ckpt["parts"]
         ae = build_autoencoder(config, parts["ema"]).to(device)
     ae_cfg = ae.config if ae else defaults(AEConfig, config["data"])
     root = cfg.data_root or config["data_root"]
