@@ -56,7 +56,7 @@ class TrainConfig(RunConfig):
     warmup: int = flag(500, "steps in which the learning rate rises", lo=0, toyfaces=50, mnist=100)
     flip: bool = flag(True, "also train on mirrored images", mnist=False)
     layers: int = flag(2, "ResNet layers per block", lo=1, toyfaces=1)
-    compile: bool = flag(None, "torch.compile the networks; None: with CUDA", mnist=False)
+    compile: bool = flag(None, "torch.compile; None: with CUDA", toyfaces=False, mnist=False)
     ema: float = flag(0.9999, "decay of the weight average, which is what is used", lo=0, hi=1)
     log_every: int = flag(100, "steps between log lines", lo=1)
     save_every: int = flag(1000, "steps between checkpoints, with pictures", lo=1, toyfaces=500)
@@ -78,7 +78,7 @@ class AEConfig(TrainConfig):
     commit_weight: float = flag(0.25, "weight of the commitment loss (vq)", lo=0)
     kl_weight: float = flag(1e-6, "weight of the KL divergence per image value (kl)", lo=0)
     perceptual_weight: float = flag(1.0, "weight of LPIPS; 0: off", lo=0, toyfaces=0.0, mnist=0.0)
-    gan_weight: float = flag(0.1, "weight of the GAN loss; 0: off", lo=0, toyfaces=0.0, mnist=0.0)
+    gan_weight: float = flag(0.05, "weight of the GAN loss; 0: off", lo=0, toyfaces=0.0, mnist=0.0)
     gan: str = flag("hinge", "adversarial loss", ("bce", "lsgan", "hinge"))
     disc_start: int = flag(2500, "step from which the adversarial loss trains", lo=0)
     ema: float = flag(0.995, "decay of the weight average, which is what is used", lo=0, hi=1)
@@ -500,7 +500,7 @@ class LPIPS(nn.Module):
             for i in range(5):
                 self.register_buffer(f"lin{i}", lins[f"lin{i}.model.1.weight"])     # (1, c, 1, 1)
         except Exception as error:
-            raise UserError(f"{weights} is damaged ({error!r:.60}): fetch it again") from error
+            raise UserError(f"{weights} missing or damaged: get it anew ({error!r:.50})") from error
         # ImageNet's mean and deviation per channel, for images in [-1, 1]
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))

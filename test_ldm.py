@@ -1601,7 +1601,7 @@ def test_wrong_lpips_weights_are_explained(tmp_path, vgg, content):
     """An HTML page, nothing, or another program's weights in place of lpips_weights.pth."""
     path = tmp_path / "lpips_weights.pth"
     path.write_bytes(content) if content != "state" else torch.save({"a": torch.ones(1)}, path)
-    with pytest.raises(ldm.UserError, match="lpips_weights.pth is damaged .*: fetch it again"):
+    with pytest.raises(ldm.UserError, match="lpips_weights.pth missing or damaged: get it anew"):
         ldm.LPIPS(path, vgg)
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
