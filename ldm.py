@@ -64,18 +64,18 @@ class TrainConfig(RunConfig):
 class AEConfig(TrainConfig):
     ae: str = flag("vq", "autoencoder: vq = VQVAE, kl = VAE", ("vq", "kl"))
     batch: int = flag(16, "images at once on the device", lo=1, toyfaces=8, mnist=128)
-    steps: int = flag(9000, "optimiser steps in all", lo=1, toyfaces=2500, mnist=1000)
+    steps: int = flag(9000, "optimiser steps in all", lo=1, toyfaces=3000, mnist=1000)
     lr: float = flag(3e-4, "learning rate of Adam", lo=1e-12, toyfaces=2e-3, mnist=1e-3)
     size: int = flag(256, "image side in pixels", lo=8, toyfaces=32, mnist=28)
     channels: int = flag(3, "image channels: 3 colour, 1 grey", (1, 3), mnist=1)
     widths: tuple = flag((64, 64, 128, 256), "channels from image to latent, halving in between",
-                         toyfaces=(16, 32, 32), mnist=(32, 64, 64))
+                         toyfaces=(16, 32, 32), mnist=(32, 64, 64))  # mnist: 28 halves twice, to 7
     z_channels: int = flag(4, "latent channels", lo=1, toyfaces=3, mnist=3)
     codebook_size: int = flag(8192, "vectors in the codebook (vq)", lo=2, toyfaces=512, mnist=256)
-    recon: str = flag("l1", "reconstruction loss, the mean over all values", ("l1", "l2"))
+    recon: str = flag("l1", "reconstruction loss, a mean", ("l1", "l2"), toyfaces="l2")
     recon_weight: float = flag(1.0, "weight of the reconstruction loss", lo=0)
     codebook_weight: float = flag(1.0, "weight of the codebook loss (vq)", lo=0)
-    commit_weight: float = flag(0.25, "weight of the commitment loss (vq)", lo=0)
+    commit_weight: float = flag(0.25, "weight of the commitment loss (vq)", lo=0)  # VQVAE's beta
     kl_weight: float = flag(1e-6, "weight of the KL divergence per image value (kl)", lo=0)
     perceptual_weight: float = flag(1.0, "weight of LPIPS; 0: off", lo=0, toyfaces=0.0, mnist=0.0)
     gan_weight: float = flag(0.05, "weight of the GAN loss; 0: off", lo=0, toyfaces=0.0, mnist=0.0)
@@ -85,7 +85,7 @@ class AEConfig(TrainConfig):
 @dataclass
 class LDMConfig(TrainConfig):
     batch: int = flag(128, "latents at once on the device", lo=1, toyfaces=64, mnist=512)
-    steps: int = flag(10000, "optimiser steps in all", lo=1, toyfaces=1200, mnist=2000)
+    steps: int = flag(10000, "optimiser steps in all", lo=1, toyfaces=1100, mnist=2000)
     lr: float = flag(2e-4, "learning rate of Adam", lo=1e-12, toyfaces=2e-3, mnist=2e-3)
     space: str = flag("latent", "diffuse latents, or pixels as in DDPM", ("latent", "pixel"))
     size: int = flag(0, "image side in pixels; 0: the autoencoder's or the data set's", lo=0)
@@ -101,7 +101,7 @@ class SampleConfig(RunConfig):
     n: int = flag(0, "images; 0: 16 for sample, 2000 for eval", lo=0)
     batch: int = flag(64, "images at once on the device", lo=1)
     sampler: str = flag("dpm", "ancestral DDPM, DDIM, DPM-Solver++(2M)", ("ddpm", "ddim", "dpm"))
-    steps: int = flag(30, "denoising steps", lo=1, hi=1000)
+    steps: int = flag(30, "denoising steps", lo=1, hi=1000)  # enough for dpm; ddpm wants 1000
     save_images: bool = flag(False, "also write each image as a PNG")
     progress: bool = flag(False, "also write the denoising as a strip and a GIF")
 def defaults(cls, data):
@@ -113,12 +113,12 @@ def require(fine, name, value, rule):
         raise UserError(f"--{name.replace('_', '-')} {value}: {rule}")
 def resolve(cls, given):
     """The data set's defaults, then what is given, checked: a settings object. Raises UserError."""
-    cfg = cls(**defaults(cls, given.get("data", cls.data)) | given)
+    cfg = cls(**defaults(cls, given.get("data", cls.data)) | given)  # what is given wins
     cfg.out = cfg.out or (cfg.data and str(Path("runs", Path(cfg.data).resolve().name)))
     for f in fields(cls):
         value, lo, hi = getattr(cfg, f.name), f.metadata["lo"], f.metadata["hi"]
         require(lo is None or (lo <= value <= hi and value < math.inf), f.name, value,
-                f"must be {lo} or more" + f" and at most {hi}" * (hi < math.inf))
+                f"must be {lo} or more" + f" and at most {hi}" * (hi < math.inf))  # False: no text
     if issubclass(cls, TrainConfig):
         cfg.widths, halvings = tuple(cfg.widths), len(cfg.widths) - 1
         require(halvings > 0 and all(c > 0 and c % 4 == 0 for c in cfg.widths), "widths",
@@ -133,7 +133,7 @@ def resolve(cls, given):
                 f"times, so give a multiple of {unit}, like {max(1, cfg.size // unit) * unit}")
         require(cfg.batch > 1 or cfg.size >= 16 or not cfg.gan_weight, "batch", cfg.batch,
                 "batch norm cannot take one value: give 2, or --size 16, or --gan-weight 0")
-        if cfg.gan_weight and cfg.disc_start >= cfg.steps:  # in a short trial it is, by default
+        if cfg.gan_weight and cfg.disc_start >= cfg.steps:  # the default is, in a short trial
             require("disc_start" not in given, "disc_start", cfg.disc_start,
                     f"is past --steps {cfg.steps}; --gan-weight 0 trains without")
             print(f"note: --disc-start {cfg.disc_start} is past the end, no adversarial loss")
@@ -161,35 +161,35 @@ SKIN = (255, 224, 196), (240, 200, 160), (214, 160, 118), (160, 108, 72), (110, 
 HAIR = (30, 26, 24), (104, 62, 32), (232, 196, 92), (190, 74, 36), (168, 168, 172), (84, 92, 200)
 
 def toyfaces(indices, size=32):
-    """Cartoon faces (len(indices), 3, size, size), uint8. Index i is always the same face.
+    """Cartoon faces (N, 3, S, S), uint8, N = len(indices), S = size. Index i is always one face.
     Background, skin, hair (6 colours, short or long), eyes, mouth, shirt and head shape vary."""
     u = torch.stack([torch.rand(16, generator=torch.Generator().manual_seed(i)) for i in indices])
-    y, x = torch.meshgrid(*[(torch.arange(size) + 0.5) * 2 / size - 1] * 2, indexing="ij")
+    y, x = torch.meshgrid(*[(torch.arange(size) + 0.5) * 2 / size - 1] * 2, indexing="ij")  # (S, S)
     colour = lambda k, table: torch.tensor(table).float()[(u[:, k] * len(table)).long()]   # (N, 3)
     between = lambda k, lo, hi: (lo + (hi - lo) * u[:, k])[:, None, None]               # (N, 1, 1)
     ellipse = lambda cx, cy, rx, ry: ((((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2).sqrt() - 1) * ry
     skin, hair, iris = colour(1, SKIN), colour(2, HAIR), colour(3, HAIR)
-    cx, cy = between(4, -0.08, 0.08), between(5, 0.02, 0.12)
+    cx, cy = between(4, -0.08, 0.08), between(5, 0.02, 0.12)  # head; unit: half a side, y is down
     rx, ry = between(6, 0.48, 0.60), between(7, 0.60, 0.70)
     img = colour(0, BACK)[:, :, None, None].expand(-1, -1, size, size)               # (N, 3, S, S)
     def paint(distance, colour):  # signed distance: below 0 is inside; the rim is antialiased
         nonlocal img
-        cover = (0.5 - distance * size / 2).clamp(0, 1).reshape(-1, 1, size, size)
+        cover = (0.5 - distance * size / 2).clamp(0, 1).reshape(-1, 1, size, size)  # rim: one pixel
         img = img + cover * (torch.as_tensor(colour).float().reshape(-1, 3, 1, 1) - img)
     paint(ellipse(cx, cy + 0.15, rx + 0.22, ry + 0.25) + (u[:, 8, None, None] < 0.5), hair)  # long?
     paint(ellipse(0, 1.25, 0.85, 0.5), 200 * u[:, 9:12])                                # shirt
     paint(ellipse(cx, cy, rx, ry), skin)
-    fringe = y - cy + between(12, 0.22, 0.36) + 0.35 * (x - cx) ** 2
+    fringe = y - cy + between(12, 0.22, 0.36) + 0.35 * (x - cx) ** 2  # below 0: above the hairline
     paint(torch.maximum(ellipse(cx, cy, rx + 0.07, ry + 0.1), fringe), hair)
-    gap, eye, mood = between(13, 0.20, 0.26), between(14, 0.10, 0.13), between(15, 0, 4).long()
+    gap, eye, mood = between(13, 0.22, 0.28), between(14, 0.14, 0.18), between(15, 0, 4).long()
     for side, (scale, shade) in itertools.product(
             (-gap, gap), ((1, (255, 255, 255)), (0.6, iris), (0.3, (25, 20, 20)))):
         paint(ellipse(cx + side, cy, eye * scale, eye * scale * 0.8), shade)
     paint(ellipse(cx, cy + 0.2, 0.06, 0.08), skin * 0.8)                                # nose
     bend = 1.6 * (1 - mood.clamp(max=2))               # mood 0: smile, 1: straight, 2: sad, 3: open
-    lips = (y - cy - 0.38 - bend * (0.02 - (x - cx) ** 2)).abs() - 0.035
-    lips = torch.maximum(lips, (x - cx).abs() - 0.22)
-    paint(torch.where(mood == 3, ellipse(cx, cy + 0.38, 0.13, 0.11), lips), (150, 40, 50))
+    lips = (y - cy - 0.42 - bend * (0.03 - (x - cx) ** 2)).abs() - 0.05
+    lips = torch.maximum(lips, (x - cx).abs() - 0.27)  # maximum: inside both, so it has ends
+    paint(torch.where(mood == 3, ellipse(cx, cy + 0.42, 0.16, 0.14), lips), (150, 40, 50))
     return img.round().to(torch.uint8)
 
 def decode_image(path, size, channels):
@@ -197,7 +197,7 @@ def decode_image(path, size, channels):
     Transparency goes over white, 16 bits become 8. Raises what PIL raises on a broken file."""
     with Image.open(path) as img:
         img.draft(None, (size, size))  # JPEG only: shrinks by 2, 4 or 8 while decoding
-        ImageOps.exif_transpose(img, in_place=True)
+        ImageOps.exif_transpose(img, in_place=True)  # cameras store the turn as a tag
         if img.mode.startswith("I"):
             img = Image.fromarray((np.asarray(img).clip(0, 65535) // 256).astype(np.uint8))
         if "transparency" in img.info or img.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
@@ -213,7 +213,7 @@ def load_folder(folder, size, channels, cache_folder):
     files, seen = [], set()
     for where, subfolders, names in os.walk(folder, onerror=print, followlinks=True):
         if (real := os.path.realpath(where)) in seen:  # links may lead in circles
-            names, subfolders[:] = [], []
+            names, subfolders[:] = [], []  # emptied in place: os.walk goes no deeper
         files += [Path(where, name) for name in names if name[0] != "."]
         seen.add(real)
     paths = sorted(f for f in files if f.suffix.lower() in known)
@@ -225,7 +225,7 @@ def load_folder(folder, size, channels, cache_folder):
             return decode_image(path, size, channels).tobytes()
         except Exception as error:  # PIL raises a dozen kinds
             print(f"skipped, unreadable: {str(path)!r} ({error})")
-            return b""
+            return b""  # 0 bytes written: that counts as bad below
     if not cache.exists() or zlib.crc32(np.memmap(cache, mode="r")) != 0x2144DF1C:
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))
         with new_file(cache) as file, ThreadPoolExecutor(4) as pool:
@@ -258,8 +258,8 @@ def load_images(data, data_root, size, channels):
                 " CelebAMask-HQ or Kaggle's CelebA-HQ 256x256 there, or name it with --data")
     images = load_folder(folder, size, channels, root / "cache")
     require(len(images) > 1, "data", data, "one image is not enough to train on and to hold out")
-    held = min(1000, -(-len(images) // 10))
-    return images[:-held], images[-held:]
+    held = min(1000, math.ceil(len(images) / 10))
+    return images[:-held], images[-held:]  # a fair split: load_folder has shuffled
 def batch_indices(n, batch, seed, skip=0):
     """Endless index tensors (batch,) of shuffled epochs in a row, without the first `skip`."""
     g = torch.Generator().manual_seed(seed)
@@ -281,16 +281,16 @@ class GroupNorm(nn.GroupNorm):
     """(B, c, H, W) -> the same shape: each group of 4 channels or more gets mean 0, variance 1.
     A group of one channel would lose its mean, the very thing that the channel has to say."""
     def __init__(self, c):
-        super().__init__(math.gcd(32, max(1, c // 4)), c)
+        super().__init__(math.gcd(32, max(1, c // 4)), c)  # DDPM's code has 32; gcd: a divisor
     def forward(self, x):
         if not torch.compiler.is_compiling():  # nn.GroupNorm would, compiled, copy to NCHW
             return super().forward(x)
-        x, size = x.float(), self.num_channels // self.num_groups
+        x, size = x.float(), self.num_channels // self.num_groups  # or E[x^2] - E[x]^2 loses digits
         pool = lambda v: v.mean((2, 3)).unflatten(1, (-1, size)).mean(2)        # (B, groups)
         each = lambda v: v.repeat_interleave(size, dim=1)                       # (B, c)
         var = pool(x.square()) - pool(x).square()                               # E[x^2] - E[x]^2
         scale = each((var + self.eps).rsqrt()) * self.weight
-        shift = self.bias - each(pool(x)) * scale
+        shift = self.bias - each(pool(x)) * scale  # so x * scale + shift has the mean taken off
         return x * scale[:, :, None, None] + shift[:, :, None, None]            # (B, c, H, W)
 def norm_silu_conv(c_in, c_out, bias=True):
     return nn.Sequential(GroupNorm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, 1, 1, bias=bias))
@@ -299,9 +299,9 @@ class TimeEmbedding(nn.Module):
     def __init__(self, dim, t_dim):
         super().__init__()
         freqs = 10000 ** (-torch.arange(dim // 2) / (dim // 2))  # (dim / 2,), 1 .. about 1 / 10000
-        self.register_buffer("freqs", freqs, persistent=False)
+        self.register_buffer("freqs", freqs, persistent=False)  # a constant, not in checkpoints
         self.mlp = nn.Sequential(nn.Linear(dim // 2 * 2, t_dim), nn.SiLU(),
-                                 nn.Linear(t_dim, t_dim), nn.SiLU())
+                                 nn.Linear(t_dim, t_dim), nn.SiLU())  # one SiLU for all ResBlocks
     def forward(self, t):
         angles = t[:, None].float() * self.freqs                                # (B, dim / 2)
         return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=1))         # (B, t_dim)
@@ -312,9 +312,9 @@ class ResBlock(nn.Module):
         super().__init__()
         self.conv1 = norm_silu_conv(c_in, c_out, bias=False)  # the next norm brings a bias
         self.conv2 = norm_silu_conv(c_out, c_out, bias=False)
-        self.time = nn.Linear(t_dim, c_out) if t_dim else None
+        self.time = nn.Linear(t_dim, c_out) if t_dim else None  # t decides a shift per channel
         self.skip = nn.Conv2d(c_in, c_out, 1, bias=False) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2[-1].weight)  # starts near the identity, which trains at once
+        nn.init.zeros_(self.conv2[-1].weight)  # starts near the identity: signal and gradient pass
     def forward(self, x, t_emb=None):
         h = self.conv1(x)                                                       # (B, c_out, H, W)
         if self.time is not None:
@@ -326,8 +326,8 @@ class Attention(nn.Module):
     def __init__(self, c, heads):
         super().__init__()
         self.heads, self.norm = heads, GroupNorm(c)
-        self.qkv, self.proj = nn.Linear(c, 3 * c), nn.Linear(c, c)
-        nn.init.zeros_(self.proj.weight)
+        self.qkv, self.proj = nn.Linear(c, 3 * c), nn.Linear(c, c)  # Linear: a 1x1 convolution
+        nn.init.zeros_(self.proj.weight)  # starts near the identity, like ResBlock
     def forward(self, x):
         B, c, h, w = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)                        # (B, h*w, c)
@@ -357,7 +357,7 @@ class DownBlock(nn.Module):
         return self.down(self.layers(x, t_emb))
 class MidBlock(nn.Module):
     """(B, c_in, h, w) -> (B, c_out, h, w): ResBlock, then `layers` times attention + ResBlock."""
-    def __init__(self, c_in, c_out, layers, t_dim=None, heads=4):
+    def __init__(self, c_in, c_out, layers, t_dim=None, heads=4):  # 4: in the autoencoders too
         super().__init__()
         self.layers = Layers(c_in, c_out, layers, t_dim, heads)  # the attention comes in between
         self.last = ResBlock(c_out, c_out, t_dim)
@@ -383,7 +383,7 @@ class UpBlock(nn.Module):
 def build_encoder(channels, widths, layers, c_out):
     """Network: image (B, C, H, W) -> (B, c_out, h, w) with h = H / 2 ** (len(widths) - 1)."""
     c = widths[-1]
-    return nn.Sequential(
+    return nn.Sequential(  # the 1x1 at the end mixes and scales z, like VQGAN's quant_conv
         nn.Conv2d(channels, widths[0], 3, padding=1),
         *[DownBlock(a, b, layers) for a, b in zip(widths, widths[1:])],         # (B, c, h, w)
         MidBlock(c, c, layers), norm_silu_conv(c, c_out), nn.Conv2d(c_out, c_out, 1))
@@ -393,7 +393,7 @@ def build_decoder(channels, widths, layers, z_channels):
     return nn.Sequential(
         nn.Conv2d(z_channels, z_channels, 1), nn.Conv2d(z_channels, c, 3, padding=1),
         MidBlock(c, c, layers), *[UpBlock(a, b, layers) for a, b in zip(mirrored, mirrored[1:])],
-        norm_silu_conv(widths[0], channels))
+        norm_silu_conv(widths[0], channels))  # no tanh: [-1, 1] is learnt, and callers clamp
 
 class VQVAE(nn.Module):
     """Autoencoder that replaces each latent vector by the nearest of K codebook vectors.
@@ -406,14 +406,14 @@ class VQVAE(nn.Module):
         self.register_buffer("usage", torch.zeros(codebook_size))  # picks since the last restart
     def quantise(self, z_e):
         """z_e (B, D, h, w) -> z_q (B, D, h, w), nearest codes (Eq. 1-2), and indices (B, h, w)."""
-        with torch.no_grad(), torch.autocast(z_e.device.type, enabled=False):  # bf16: 1 in 4 wrong
+        with torch.no_grad(), torch.autocast(z_e.device.type, enabled=False):  # bf16 mistakes codes
             z = z_e.float().movedim(1, -1)                                      # (B, h, w, D)
-            norms = self.codebook.square().sum(1)  # (K,); |z - e|^2 = |e|^2 - 2 z.e + |z|^2,
-            dist = torch.addmm(norms, z.flatten(0, -2), self.codebook.T, alpha=-2)  # less |z|^2
+            norms = self.codebook.square().sum(1)  # (K,); |z - e|^2 = |e|^2 - 2 z.e + |z|^2;
+            dist = torch.addmm(norms, z.flatten(0, -2), self.codebook.T, alpha=-2)  # |z|^2 left out
             indices = dist.argmin(1).view(z.shape[:-1])                         # from (B*h*w, K)
         return F.embedding(indices, self.codebook).movedim(-1, 1), indices
     def forward(self, x):
-        """x (B, C, H, W) in [-1, 1] -> reconstruction, {name: loss term}. Eq. 3:
+        """x (B, C, H, W) in [-1, 1] -> reconstruction, {name: loss term}; Eq. 3, of equal value:
         codebook = |sg[z_e] - e|^2 pulls the codes, commit = |z_e - sg[e]|^2 pulls the encoder."""
         z_e = self.encode(x)
         z_q, indices = self.quantise(z_e)
@@ -425,7 +425,7 @@ class VQVAE(nn.Module):
                                             "commit": F.mse_loss(z_e, z_q.detach())}
     def encode(self, x):
         """The continuous z_e (B, D, h, w), which is what stage 2 models."""
-        return self.encoder(x).float()
+        return self.encoder(x).float()  # float32 again: under autocast it is bf16 or fp16
     def decode(self, z):
         """(B, D, h, w) -> (B, C, H, W). Quantises first: small errors of stage 2 are gone then."""
         return self.decoder(self.quantise(z)[0]).float()
@@ -440,10 +440,10 @@ class VQVAE(nn.Module):
         self.usage.zero_()
 
 class VAE(nn.Module):
-    """Autoencoder whose latent values are Gaussians; a KL term draws them, weakly, to N(0, 1)."""
+    """Autoencoder whose latent values are Gaussians; a KL term pulls them, weakly, to N(0, 1)."""
     def __init__(self, channels, widths, layers, z_channels):
         super().__init__()
-        self.encoder = build_encoder(channels, widths, layers, 2 * z_channels)
+        self.encoder = build_encoder(channels, widths, layers, 2 * z_channels)  # mean and logvar
         # starts with little noise, else the first thousands of steps are spent on getting rid of it
         nn.init.constant_(self.encoder[-1].bias[z_channels:], -6.0)             # of logvar
         self.decoder = build_decoder(channels, widths, layers, z_channels)
@@ -453,7 +453,7 @@ class VAE(nn.Module):
         mean, logvar = self.encoder(x).float().chunk(2, dim=1)                  # each (B, D, h, w)
         logvar = logvar.clamp(-30, 20)  # exp stays finite
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)  # reparameterised: Eq. 10
-        kl = -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum() / x.numel()
+        kl = -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum() / x.numel()  # / (B C H W)
         return self.decoder(z).float(), {"kl": kl}
     def encode(self, x):
         """The mean of q(z | x), (B, D, h, w): at the usual KL weight its spread is tiny."""
@@ -491,7 +491,7 @@ class LPIPS(nn.Module):
         super().__init__()
         with torch.device("meta"):  # no memory and no random numbers: the weights come next
             net = models.vgg16(weights=None)
-        net.classifier = None
+        net.classifier = None  # 124 of VGG16's 138 million weights; the features do without
         net.load_state_dict(vgg16_weights() if vgg is None else vgg, assign=True)
         cuts = (0, 4, 9, 16, 23, 30)  # slices end with relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
         self.slices = nn.ModuleList(net.features[a:b] for a, b in zip(cuts, cuts[1:]))
@@ -508,10 +508,10 @@ class LPIPS(nn.Module):
     def features(self, x):
         """x (B, 1 or 3, H, W) in [-1, 1] -> five feature maps. Below 16 pixels x is enlarged."""
         if min(x.shape[2:]) < 16:  # four poolings
-            x = F.interpolate(x, scale_factor=-(-16 // min(x.shape[2:])), mode="bilinear")
+            x = F.interpolate(x, scale_factor=math.ceil(16 / min(x.shape[2:])), mode="bilinear")
         h, maps = (x - self.shift) / self.scale, []  # by broadcasting, grey becomes three channels
         for part in self.slices:
-            h = part(h)
+            h = part(h)  # c = 64, 128, 256, 512, 512; side H / 1, 2, 4, 8, 16
             maps.append(h)
         return maps
     unit = staticmethod(lambda f: F.normalize(f.float(), dim=1))  # float32: squares overflow fp16
@@ -531,8 +531,8 @@ class PatchGAN(nn.Module):
     """Images (B, C, H, W), at least 8x8 -> scores (B, 1, h', w'), one per patch; high is real."""
     def __init__(self, channels=3, width=64):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2),
+        self.net = nn.Sequential(  # 4, 2, 1: kernel, stride, padding, which halves H and W
+            nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2),  # no norm: paper
             nn.Conv2d(width, 2 * width, 4, 2, 1), nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2),
             nn.Conv2d(2 * width, 4 * width, 4, 2, 1), nn.BatchNorm2d(4 * width), nn.LeakyReLU(0.2),
             nn.Conv2d(4 * width, 1, 4, padding=2))  # h' = H / 8 + 1: a score sees 46x46 pixels
@@ -544,11 +544,11 @@ class PatchGAN(nn.Module):
 def generator_loss(kind, fake):
     """What the autoencoder minimises, from the scores of its images."""
     return {"bce": F.softplus(-fake), "lsgan": (fake - 1).square(), "hinge": -fake}[kind].mean()
-def discriminator_loss(kind, real, fake):
+def discriminator_loss(kind, real, fake):  # halved by custom (pix2pix); Adam hardly notices
     """What the discriminator minimises, from scores of images and of reconstructions."""
     return {"bce": F.softplus(-real).mean() + F.softplus(fake).mean(),  # -log D(x) - log(1 - D(x'))
             "lsgan": (real - 1).square().mean() + fake.square().mean(),
-            "hinge": F.relu(1 - real).mean() + F.relu(1 + fake).mean()}[kind] / 2
+            "hinge": F.relu(1 - real).mean() + F.relu(1 + fake).mean()}[kind] / 2  # no pull past 1
 
 # ---- 7. Noise scheduler: how noise goes in, and three ways to take it out ------------------------
 # DDPM: Ho et al. 2020, arXiv 2006.11239. DDIM: Song et al. 2020, 2010.02502. DPM-Solver++(2M): Lu
@@ -563,21 +563,21 @@ class NoiseScheduler(nn.Module):
     def __init__(self, T=1000, schedule="linear", target="v"):
         super().__init__()
         self.T, self.target = T, target
-        if schedule == "linear":  # in sqrt(beta); the range is meant for T = 1000
+        if schedule == "linear":  # in sqrt(beta); LDM's range for CelebA-HQ, meant for T = 1000
             betas = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, T, dtype=torch.float64) ** 2
-            betas = betas * 1000 / T
+            betas = betas * 1000 / T  # another T: as much noise at the end, about
         else:  # cosine: Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 17
             u = torch.linspace(0, 1, T + 1, dtype=torch.float64)                # t / T
             abar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-            betas = 1 - abar[1:] / abar[:-1]
-        abar = torch.cumprod(1 - betas.clamp(max=0.999), dim=0)                 # (T,)
+            betas = 1 - abar[1:] / abar[:-1]  # Eq. 17 divides by f(0), which cancels here
+        abar = torch.cumprod(1 - betas.clamp(max=0.999), dim=0)  # (T,); else cosine ends at 0
         self.register_buffer("alphas_cumprod", abar.float(), persistent=False)
-        self.abar = abar.tolist() + [1.0]  # for the samplers, in float64: abar[-1] is clean
+        self.abar = abar.tolist() + [1.0]  # float64, for the samplers; t = -1 reads the 1.0
     def add_noise(self, z0, eps, t):
         """z0, eps (B, D, h, w) and t (B,) -> z_t, and what the network should answer to it.
         DDPM Eq. 4: any t in one go."""
-        abar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
-        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+        abar = self.alphas_cumprod[t].view(-1, 1, 1, 1)                         # (B, 1, 1, 1)
+        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()  # alpha^2 + sigma^2 = 1: z_t has variance 1
         return alpha * z0 + sigma * eps, eps if self.target == "eps" else alpha * eps - sigma * z0
     def z0_and_eps(self, pred, z_t, t):
         """The network's answer at step t (int), as estimates of z0 and eps.
@@ -585,16 +585,16 @@ class NoiseScheduler(nn.Module):
         alpha, sigma = math.sqrt(self.abar[t]), math.sqrt(1 - self.abar[t])
         if self.target == "v":  # v is z_t turned by 90 degrees, and these two turn it back
             return alpha * z_t - sigma * pred, sigma * z_t + alpha * pred
-        return (z_t - sigma * pred) / alpha, pred
+        return (z_t - sigma * pred) / alpha, pred  # DDPM Eq. 4 solved; at T-1, 1 / alpha is 84
     def timesteps(self, steps):
         """[(t, t_prev), ...], evenly spaced from the noisiest step T-1 down to -1, clean."""
         t = np.linspace(self.T - 1, -1, steps + 1).round().astype(int).tolist()
-        return list(zip(t, t[1:]))
+        return list(zip(t, t[1:]))  # 30 steps: (999, 966), (966, 932), .., (32, -1)
     def ddpm_step(self, z0, z_t, t, t_prev, noise):
         """Draws from q(z_prev | z_t, z0): DDPM Eq. 6-7 and Algorithm 2, for any t_prev < t."""
         abar, abar_prev = self.abar[t], self.abar[t_prev]
         a = abar / abar_prev                        # 1 - beta_t if t_prev = t - 1: DDPM's alpha_t
-        mean = (math.sqrt(abar_prev) * (1 - a) * z0
+        mean = (math.sqrt(abar_prev) * (1 - a) * z0  # Eq. 7: more of z0, less of z_t near t = 0
                 + math.sqrt(a) * (1 - abar_prev) * z_t) / (1 - abar)
         var = (1 - a) * (1 - abar_prev) / (1 - abar)  # 0 in the last step
         return mean + math.sqrt(var) * noise
@@ -605,7 +605,7 @@ class NoiseScheduler(nn.Module):
         """DPM-Solver++(2M), Algorithm 2: DDIM with z0 extrapolated from the step before.
         last: (t, z0) of the step before; None in the first one."""
         half_log_snr = lambda s: 0.5 * math.log(self.abar[s] / (1 - self.abar[s]))  # lambda_s
-        if last is not None and t_prev >= 0:  # the last step has no end in this variable: order 1
+        if last is not None and t_prev >= 0:  # at t = -1 lambda is infinite: order 1, DDIM
             r = (half_log_snr(t) - half_log_snr(last[0])) / (half_log_snr(t_prev) - half_log_snr(t))
             z0 = z0 + (z0 - last[1]) / (2 * r)                                  # D_i
         abar, abar_prev = self.abar[t], self.abar[t_prev]
@@ -618,7 +618,7 @@ class UNet(nn.Module):
     """z_t (B, D, h, w), t (B,) -> prediction (B, D, h, w); 2 ** downs must divide h and w."""
     def __init__(self, z_channels, widths, downs, layers):
         super().__init__()
-        t_dim = 4 * widths[0]
+        t_dim = 4 * widths[0]  # as in DDPM's code
         self.time = TimeEmbedding(widths[0], t_dim)
         self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
         self.downs, self.mid = nn.ModuleList(), MidBlock(widths[-1], widths[-2], layers, t_dim)
@@ -628,16 +628,16 @@ class UNet(nn.Module):
             c_out = widths[max(0, i - 1)]  # narrower before the resolution rises, which is cheaper
             self.ups.insert(0, UpBlock(a, c_out, layers, t_dim, heads=4, up=i < downs, c_skip=a))
         self.out = norm_silu_conv(widths[0], z_channels)
-        nn.init.zeros_(self.out[-1].weight)
+        nn.init.zeros_(self.out[-1].weight)  # first answers near 0, so the loss starts near 1
     def forward(self, z_t, t):
         t_emb = self.time(t)                                                    # (B, t_dim)
         x, skips = self.conv_in(z_t), []                                     # (B, widths[0], h, w)
         for down in self.downs:
             skips.append(x)  # what goes into a down block comes back in its mirror image
-            x = down(x, t_emb)
+            x = down(x, t_emb)  # celebhq: (B, 256, 16, 16), (B, 384, 8, 8), (B, 512, 4, 4)
         x = self.mid(x, t_emb)                                 # (B, widths[-2], h / 2 ** downs, ..)
         for up in self.ups:
-            x = up(x, t_emb, skips.pop())
+            x = up(x, t_emb, skips.pop())  # back: (B, 256, 8, 8), then 192 at 16x16, at 32x32
         return self.out(x).float()                                              # (B, D, h, w)
 class LatentSpace:
     """The latents that the UNet sees, (z - mean) / std per channel, and the way back to images. The
@@ -655,13 +655,13 @@ def sample_images(unet, scheduler, space, shape, n, seed, sampler="dpm", steps=3
     """Noise -> `n` images (n, C, H, W) in [-1, 1], on the CPU; shape: of a latent, (D, h, w).
     Image i has a noise generator of its own, so it does not depend on n or batch. `trace`, a
     list, gets (z_t, estimate of z0) of the first batch, step by step."""
-    device, net, images = space.mean.device, unet, []
+    device, net, images = space.mean.device, unet, []  # net: the unet, or a CUDA graph of it
     for i in range(0, n, batch):
         own = [torch.Generator().manual_seed(seed * 1_000_003 + k) for k in range(n)[i:i + batch]]
         noise = lambda: torch.stack([torch.randn(shape, generator=g) for g in own]).to(device)
         z_t, last = noise(), None                                               # (batch, D, h, w)
         with autocast(device, dtype):
-            t_now = torch.zeros(len(own), device=device)
+            t_now = torch.zeros(len(own), device=device)  # (batch,), filled with t in each step
             if device.type == "cuda" and (i == 0 or len(own) < batch):  # a CUDA graph: one launch
                 net = torch.cuda.make_graphed_callables(lambda *a: unet(*a), (z_t.clone(), t_now))
             for t, t_prev in scheduler.timesteps(steps):
@@ -672,7 +672,7 @@ def sample_images(unet, scheduler, space, shape, n, seed, sampler="dpm", steps=3
                 if sampler == "ddpm":
                     z_t = scheduler.ddpm_step(z0, z_t, t, t_prev, noise())
                 elif sampler == "ddim":
-                    z_t = scheduler.ddim_step(z0, eps, t_prev)
+                    z_t = scheduler.ddim_step(z0, eps, t_prev)  # no new noise: the start decides
                 else:
                     z_t = scheduler.dpm_step(z0, z_t, t, t_prev, last)
                 last = (t, z0)
@@ -722,11 +722,11 @@ def fingerprint(*things):
 def progress(text, last=False):
     """A line that renews itself in a terminal; elsewhere a plain line every ten seconds."""
     if sys.stdout.isatty():
-        print(f"\r\x1b[K{text}", end="\n" if last else "", flush=True)
+        print(f"\r\x1b[K{text}", end="\n" if last else "", flush=True)  # back to column 0, erase
     elif last or time.perf_counter() > progress.next:
         progress.next = time.perf_counter() + 10
         print(text, flush=True)
-progress.next = -math.inf
+progress.next = -math.inf  # kept on the function: when to print next
 
 class Run:
     """A training stage in its run folder: starts or resumes, logs, saves, stops on Ctrl-C; raises
@@ -734,7 +734,7 @@ class Run:
     def __init__(self, cfg, stage, device, dtype, parts, **extra):
         self.cfg, self.stage, self.parts, self.extra = cfg, stage, parts, extra
         self.dir, self.path = Path(cfg.out), Path(cfg.out, f"{stage}.pt")
-        self.step, self.sums, self.stopping, self.last = 0, {}, False, False
+        self.step, self.sums, self.stopping, self.last = 0, {}, False, False  # sums: since last log
         self.nets = {k: part for k, part in parts.items() if isinstance(part, nn.Module)}
         size = {k: f"{sum(w.numel() for w in net.parameters()) / 1e6:.2f} M"
                 for k, net in self.nets.items()}
@@ -744,7 +744,7 @@ class Run:
         if self.path.exists():
             self.resume(load_checkpoint(self.path, stage))
         else:
-            (self.dir / f"{stage}.csv").unlink(missing_ok=True)
+            (self.dir / f"{stage}.csv").unlink(missing_ok=True)  # of a run without a checkpoint
     def resume(self, ckpt):
         for name, now in asdict(self.cfg).items():
             then = ckpt["config"].get(name)
@@ -759,27 +759,27 @@ class Run:
         print(f"going on at step {self.step} of {self.cfg.steps}: {self.path}")
     def loop(self):
         """Yields once per step, seeded: a resumed run draws the same numbers as one in one go.
-        Raises KeyboardInterrupt after Ctrl-C or SIGTERM, when the step at hand is saved."""
+        Raises KeyboardInterrupt after Ctrl-C or SIGTERM, once the step at hand is saved."""
         def stop(*_):
             self.stopping = True
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C kills
-        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}  # to put back
         groups = [g for part in self.parts.values() for g in getattr(part, "param_groups", ())]
-        self.tick = self.step, time.perf_counter()
+        self.tick = self.step, time.perf_counter()  # (step, seconds) from which pace is counted
         try:
             while self.step < self.cfg.steps and not self.last:
                 self.last = self.stopping or self.step + 1 == self.cfg.steps
                 torch.manual_seed(self.cfg.seed * 1_000_003 + self.step)
                 for group in groups:  # the learning rate rises linearly, then stays
                     group["lr"] = self.cfg.lr * min(1, (self.step + 1) / max(1, self.cfg.warmup))
-                yield
+                yield  # here the caller's for loop does its step
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
         if self.step < self.cfg.steps:
             print(f"\nstopped at step {self.step} and saved {self.path}: the same command goes on")
-            raise KeyboardInterrupt
-        peak = torch.cuda.max_memory_allocated() / 2 ** 30
+            raise KeyboardInterrupt  # main() makes exit code 130 of it
+        peak = torch.cuda.max_memory_allocated() / 2 ** 30  # bytes -> GiB; 0 without CUDA
         print(f"trained: {self.path.resolve()}; curves.png and pictures/ are beside it"
               + f"; {peak:.2f} GiB of GPU memory at the peak" * (peak > 0))
     def due(self, *every):
@@ -789,9 +789,9 @@ class Run:
         """Sums loss terms up on the device: reading them in each step would make it wait."""
         for name, value in terms.items():
             total, count = self.sums.get(name, (0, 0))
-            self.sums[name] = total + value.detach(), count + 1
+            self.sums[name] = total + value.detach(), count + 1  # detached: lets the graph go
     def log(self, **more):
-        """A line on the screen and a row in the CSV: means since the last one.
+        """A line on the screen and a row in the CSV: of loss terms the means since the last line.
         Raises UserError if one is not finite, before that can get into a checkpoint."""
         means = {k: total / count for k, (total, count) in self.sums.items()}
         values = {k: float(v) for k, v in (means | more).items()}  # here the GPU is waited for
@@ -800,16 +800,16 @@ class Run:
             values["skipped"] = self.step - float(taken)  # as a gradient overflowed in fp16
         bad = [f"{k} is {v}" for k, v in values.items() if not math.isfinite(v)]
         bad += [f"a weight of {k} is not finite" for k, net in self.nets.items()
-                if not sum(w.sum() for w in net.parameters()).isfinite()]
+                if not sum(w.sum() for w in net.parameters()).isfinite()]  # one bad value spoils it
         if bad:
             raise UserError(f"{', '.join(bad)} at step {self.step}; {self.path} is older. "
                             "Start anew with a lower --lr, or with --amp off")
         pace = (self.step - self.tick[0]) / (time.perf_counter() - self.tick[1])  # steps per second
         speed, left = pace * self.cfg.batch * self.cfg.accum, (self.cfg.steps - self.step) / pace
-        path = self.dir / f"{self.stage}.csv"  # a resumed run writes rows of lost steps again
-        rows = [r for r in read_csv(path) if int(r["step"]) < self.step]
+        path = self.dir / f"{self.stage}.csv"
+        rows = [r for r in read_csv(path) if int(r["step"]) < self.step]  # lost steps come again
         rows.append({"step": self.step, "per_second": round(speed, 1)} | values)
-        names = dict.fromkeys(name for r in rows for name in r)
+        names = dict.fromkeys(name for r in rows for name in r)  # a set in order; gan joins late
         lines = [",".join(names)] + [",".join(str(r.get(k, "")) for k in names) for r in rows]
         with new_file(path) as file:
             file.write("\n".join(lines).encode())
@@ -825,7 +825,7 @@ class Run:
         with new_file(self.dir / "pictures" / f"{self.stage}-{self.step:06d}.png") as file:
             image_grid(picture, columns).save(file, "PNG")
         draw_curves(self.dir)
-        self.tick = self.step, time.perf_counter()
+        self.tick = self.step, time.perf_counter()  # saving is not training time
 def read_csv(path):
     return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 def draw_curves(folder):
@@ -836,7 +836,7 @@ def draw_curves(folder):
         for name in list(rows[0])[1:] if rows else []:
             points = [(int(r["step"]), float(r[name])) for r in rows if r[name]]
             panels += [(f"{stage} {name}", *zip(*points))] if len(points) > 1 else []
-    image = Image.new("RGB", (1200, 170 * -(-len(panels) // 4) + 1), "white")
+    image = Image.new("RGB", (1200, 170 * math.ceil(len(panels) / 4) + 1), "white")
     draw = ImageDraw.Draw(image)
     for i, (title, steps, values) in enumerate(panels):
         x, y, low, high = i % 4 * 300 + 10, i // 4 * 170 + 24, min(values), max(values)
@@ -862,21 +862,21 @@ def latent_picture(z, size):
 # One skeleton: draw a batch, loss under autocast, backward, optimise; now and then log and save.
 def optimise(scaler, optimiser, net):
     """One step on the gradients at hand; their norm is held below 1."""
-    scaler.unscale_(optimiser)
+    scaler.unscale_(optimiser)  # undoes the scaling of fp16: clipping needs the true norm
     nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     scaler.step(optimiser)  # with fp16: not if a gradient overflowed
     optimiser.zero_grad(set_to_none=True)
 @torch.no_grad()
 def update_ema(ema, model, step, limit):
-    """ema = decay ema + (1 - decay) model. Adam's steps jitter around a good point: an average over
-    the last tenth (the decay rises from 0.1) lies nearer, a long one blurs texture of the GAN."""
+    """ema = decay ema + (1 - decay) model. Adam's steps jitter around a good point, their average
+    is nearer; (1 + n) / (10 + n) averages the last tenth, and limit caps it: longer blurs."""
     decay = min(limit, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 def compile_networks(cfg, device, *nets):
     """--compile, by default on CUDA where Triton is there. In place: names in checkpoints stay."""
     auto = (device.type == "cuda" and importlib.util.find_spec("triton") is not None
-            and torch.cuda.get_device_capability()[0] >= 7)
-    if auto if cfg.compile is None else cfg.compile:
+            and torch.cuda.get_device_capability()[0] >= 7)  # what Triton asks for: Volta
+    if cfg.compile or (cfg.compile is None and auto):
         print("the first step compiles, for minutes; --no-compile starts at once, but is slower")
         warnings.filterwarnings("ignore", message="TensorFloat32")  # the codebook needs float32
         for net in nets:
@@ -885,14 +885,14 @@ def compile_networks(cfg, device, *nets):
 
 # ---- 11. Stage 1: the autoencoder ----------------------------------------------------------------
 # VQGAN, arXiv 2012.09841, section 3.1: reconstruction + LPIPS + latent terms, and a GAN that
-# starts late, when the rest is good enough for texture to matter.
+# starts late, when the rest is good enough for texture to matter. Adam's betas: VQGAN's code.
 def psnr(x_rec, x):
     """Peak signal-to-noise ratio (B,) in dB of images in [-1, 1]: 10 log10(peak^2 / MSE)."""
-    return 10 * torch.log10(4 / (x_rec - x).square().mean((1, 2, 3)).clamp(min=1e-10))
+    return 10 * torch.log10(4 / (x_rec - x).square().mean((1, 2, 3)).clamp(min=1e-10))  # 4: peak^2
 def codebook_use(picks):
     """Picks per code (K,) -> codes in use in percent, perplexity exp(-sum p log p), at most K."""
-    p = picks / picks.sum().clamp(min=1)
-    return 100 * (p > 0).float().mean(), torch.special.entr(p).sum().exp()
+    p = picks / picks.sum().clamp(min=1)  # no picks yet: 0 / 1, not 0 / 0
+    return 100 * (p > 0).float().mean(), torch.special.entr(p).sum().exp()  # entr(p) = -p log p
 
 def train_ae(cfg):
     """Trains a VQVAE or VAE to cfg.steps and leaves <out>/ae.pt. Raises UserError."""
@@ -904,7 +904,7 @@ def train_ae(cfg):
     for net in filter(None, (*nets, lpips)):
         net.to(device, memory_format=layout(device))
     opt, opt_d = (torch.optim.Adam(n.parameters(), betas=(0.5, 0.9), fused=True) for n in nets)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16 underflows
     ema = copy.deepcopy(ae).requires_grad_(False)
     parts = dict(ae=ae, ema=ema, disc=disc, opt=opt, opt_d=opt_d, scaler=scaler)
     run = Run(cfg, "ae", device, dtype, parts)
@@ -917,7 +917,7 @@ def train_ae(cfg):
         adversarial = cfg.gan_weight > 0 and run.step >= cfg.disc_start
         # over 1000 steps the weight rises: a critic that has learnt nothing would only do harm
         weights["gan"] = cfg.gan_weight * min(1, (run.step - cfg.disc_start) / 1000)
-        for micro in range(cfg.accum):
+        for micro in range(cfg.accum):  # gradients add up over these; one step follows
             x = to_float(images[next(order)], device)                           # (B, C, H, W)
             if cfg.flip:
                 x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
@@ -934,9 +934,9 @@ def train_ae(cfg):
                 if adversarial:
                     disc.requires_grad_(False)  # gradients go through it, none stay in it
                     terms["gan"] = generator_loss(cfg.gan, disc(x_rec))
-                    disc.requires_grad_(True)
+                    disc.requires_grad_(True)  # part (2) trains it
             loss = sum(weights[name] * term for name, term in terms.items())
-            scaler.scale(loss / cfg.accum).backward()
+            scaler.scale(loss / cfg.accum).backward()  # / accum: the sum becomes a mean
 
             # (2) discriminator: tell images from reconstructions
             if adversarial:
@@ -944,12 +944,12 @@ def train_ae(cfg):
                     real, fake = disc(x), disc(x_rec.detach())                  # (B, 1, h', w')
                 terms["disc"] = discriminator_loss(cfg.gan, real, fake)
                 scaler.scale(terms["disc"] / cfg.accum).backward()
-                terms |= {"score_real": real.mean(), "score_fake": fake.mean()}
+                terms |= {"score_real": real.mean(), "score_fake": fake.mean()}  # only for the log
             run.add(terms)
         optimise(scaler, opt, ae)
         if adversarial:
             optimise(scaler, opt_d, disc)
-        scaler.update()
+        scaler.update()  # fp16: a smaller scale after an overflow, at times a larger one
         update_ema(ema, ae, run.step, cfg.ema)
         run.step += 1
 
@@ -976,14 +976,14 @@ def load_latents(cfg, ae, ae_name, images, device, dtype):
         x = to_float(images[i:i + 16], device)  # few at once: it should not need more than training
         x = x.flip(3) if flip else x
         with autocast(device, dtype):
-            return (ae.encode(x) if ae else x).half()  # rounds by 1/2000; t = 0 adds 0.04
+            return (ae.encode(x) if ae else x).half()  # errs by 1/2000; the noise at t = 0 is 0.04
     path = Path(cfg.out, "latents.pt")
     name = fingerprint(ae_name, cfg.flip, images.shape, images[::max(1, len(images) // 64)])
     try:
         return load_whole(path, device)[name]
     except Exception:  # not there, damaged, of another autoencoder or of other images
-        parts = itertools.product((False, True)[:1 + cfg.flip], range(0, len(images), 16))
-        latents = torch.cat([encode(i, flip) for flip, i in parts])
+        flips = (False, True) if cfg.flip else (False,)
+        latents = torch.cat([encode(i, f) for f in flips for i in range(0, len(images), 16)])
         save_whole(path, {name: latents})
         return latents
 
@@ -1006,7 +1006,7 @@ def train_ldm(cfg):
     ae_name = fingerprint(*(saved["weights"].values() if saved else []))
     z_all = load_latents(cfg, ae, ae_name, images, device, dtype)               # (N, D, h, w)
     std, mean = torch.std_mean(z_all.float(), (0, 2, 3), keepdim=True)          # (1, D, 1, 1)
-    space, shape = LatentSpace(ae, mean, std), list(z_all.shape[1:])
+    space, shape = LatentSpace(ae, mean, std), list(z_all.shape[1:])  # shape: (D, h, w)
     torch.manual_seed(cfg.seed)
     unet = UNet(shape[0], cfg.widths, cfg.downs, cfg.layers)
     unet.to(device, memory_format=layout(device))
@@ -1048,7 +1048,7 @@ def find_run(cfg, *stages):
         raise UserError(f"no {stages[0]}.pt in {Path(cfg.out or 'runs').resolve()}: first train-ae"
                         " and train-ldm, or name a run folder with --out")
     newest = lambda p: max(q.stat().st_mtime for q in p.parent.glob("*.pt"))
-    return max(found, key=lambda p: (newest(p), p.stem == stages[0]))
+    return max(found, key=lambda p: (newest(p), p.stem == stages[0]))  # on a tie the first stage
 def load_ldm(path, device):
     """(UNet, scheduler, latent space, latent shape), as sample_images takes them; settings."""
     ckpt = load_checkpoint(path, "ldm")
@@ -1074,7 +1074,7 @@ def sample(cfg):
         for i, image in enumerate(images):
             to_pil(image).save(folder / "samples" / f"{i:05d}.png")
     if cfg.progress:
-        save_progress(trace, model[2], folder)
+        save_progress(trace, model[2], folder)  # model[2]: the LatentSpace
     print(f"in {folder.resolve()}: samples.png" + ", samples/" * cfg.save_images
           + ", progress.png, progress.gif" * cfg.progress)
 
@@ -1085,20 +1085,20 @@ def save_progress(trace, space, folder):
     pick = lambda n: [trace[k] for k in np.linspace(0, len(trace) - 1, n).round().astype(int)]
     rows = []
     for i in range(min(4, len(trace[0][0]))):
-        z_t, z0 = (torch.stack([z[i] for z in column]) for column in zip(*pick(8)))
+        z_t, z0 = (torch.stack([z[i] for z in column]) for column in zip(*pick(8)))  # (8, D, h, w)
         x_t, x0 = space.decode(z_t), space.decode(z0)                           # (8, C, H, W)
         rows += [r.expand(-1, 3, -1, -1) for r in (latent_picture(z_t, x_t.shape[-1]), x_t, x0)]
     image_grid(torch.cat(rows), 8).save(folder / "progress.png")
     frames = [image_grid(space.decode(z_t[:4]), 2) for z_t, _ in pick(min(len(trace), 40))]
     frames[0].save(folder / "progress.gif", save_all=True, append_images=frames[1:], loop=0,
-                   duration=[80] * (len(frames) - 1) + [2000])
+                   duration=[80] * (len(frames) - 1) + [2000])  # ms; the result stays for 2 s
 
 def frechet_distance(a, b):
     """Between Gaussians fitted to features a, b (N, c): |mu_a - mu_b|^2 + tr(S_a + S_b -
     2 (S_a S_b)^(1/2)); Heusel et al. 2017, arXiv 1706.08500."""
     if min(len(a), len(b)) < 2:
         return math.nan
-    a, b = a.double(), b.double()
+    a, b = a.double(), b.double()  # large sums almost cancel: float32 loses digits
     S_a, S_b = torch.cov(a.T), torch.cov(b.T)                                   # (c, c)
     cross = torch.linalg.eigvals(S_a @ S_b).real.clamp(min=0).sqrt().sum()  # tr (S_a S_b)^(1/2)
     return (a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * cross
@@ -1122,7 +1122,7 @@ def evaluate(cfg):
     except UserError as error:
         print(f"without LPIPS and Frechet distances: {error}")
     def batched(net, *images):  # images lie on the CPU, 32 at a time go to the device
-        parts = zip(*(i.split(32) for i in images))
+        parts = zip(*(i.split(32) for i in images))  # parts of x and y that belong together
         with autocast(device, dtype):
             return torch.cat([net(*(p.to(device) for p in part)).cpu() for part in parts])
     features = lambda x: batched(lambda p: lpips.features(p)[-1].float().mean((2, 3)), x)
@@ -1136,7 +1136,7 @@ def evaluate(cfg):
             batched(lambda z: ae.quantise(z)[1], z).flatten().bincount(minlength=len(ae.codebook)))
     if lpips:
         real, others = features(x), features(to_float(train[:len(held)], torch.device("cpu")))
-        table["FD, as many training images"] = frechet_distance(others, real)
+        table["FD, as many training images"] = frechet_distance(others, real)  # what real ones get
     if lpips and ae:
         table["LPIPS"] = batched(lpips, x_rec, x).mean()
         table["FD, reconstructions"] = frechet_distance(features(x_rec), real)
@@ -1170,9 +1170,9 @@ def build_parser():
         sub = subparsers.add_parser(command, help=help, description=help,
                                     usage=f"ldm.py {command} [--help] [--FLAG VALUE ...]")
         for f in fields(cls):
-            kind = dict(type=f.type, choices=f.metadata["choices"])
-            kind = {bool: dict(action=argparse.BooleanOptionalAction),
-                    tuple: dict(type=int, nargs="+")}.get(f.type, kind)
+            kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
+                    dict(type=int, nargs="+") if f.type is tuple else
+                    dict(type=f.type, choices=f.metadata["choices"]))
             presets = "".join(f"; {d}: {v}" for d, v in f.metadata["presets"].items())
             sub.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
                              help=f"{f.metadata['help']} (default: {f.default}{presets})")
@@ -1180,7 +1180,7 @@ def build_parser():
 
 def main(argv=None):
     """Runs a command line; returns the exit code: 0 done, 2 a mistake, 130 stopped by Ctrl-C."""
-    given = vars(build_parser().parse_args(argv))
+    given = vars(build_parser().parse_args(argv))  # only what was typed: argparse.SUPPRESS
     cls, command, _ = COMMANDS[given.pop("command")]
     try:
         command(resolve(cls, given))
