@@ -104,6 +104,7 @@ class SampleConfig(RunConfig):
     steps: int = flag(30, "denoising steps", lo=1, hi=1000)  # enough for dpm; ddpm wants 1000
     save_images: bool = flag(False, "also write each image as a PNG")
     progress: bool = flag(False, "also write the denoising as a strip and a GIF")
+
 def defaults(cls, data):
     """The settings of a command for a data set, {name: value}."""
     return {f.name: f.metadata["presets"].get(data, f.default) for f in fields(cls)}
@@ -138,6 +139,7 @@ def resolve(cls, given):
                     f"is past --steps {cfg.steps}; --gan-weight 0 trains without")
             print(f"note: --disc-start {cfg.disc_start} is past the end, no adversarial loss")
     return cfg
+
 def pick_device(cfg):
     """The device, and the dtype of autocast (None: plain float32). Raises UserError."""
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
@@ -518,11 +520,9 @@ class LPIPS(nn.Module):
     def forward(self, x, y):
         """x, y (B, 1 or 3, H, W) -> distances (B,), Eq. 1: the sum over layers of
         mean_hw sum_c lin (unit(f_x) - unit(f_y))^2, lin being w^2. No gradient goes into y."""
-        maps_x = self.features(x)
-        with torch.no_grad():
-            maps_y = self.features(y)
+        maps = zip(self.features(x), self.features(y.detach()))
         return sum((getattr(self, f"lin{i}") * (self.unit(a) - self.unit(b)).square())
-                   .sum(1).mean((1, 2)) for i, (a, b) in enumerate(zip(maps_x, maps_y)))
+                   .sum(1).mean((1, 2)) for i, (a, b) in enumerate(maps))
 
 # ---- 6. PatchGAN: a critic of patches (Isola et al. 2017, arXiv 1611.07004) ----------------------
 # The decoder also learns to fool it, which brings the fine texture that no distance asks for:

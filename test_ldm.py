@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; on a busy machine threads only wait
 import numpy as np
 import pytest
 import torch
