@@ -72,7 +72,7 @@ class AEConfig(TrainConfig):
                          toyfaces=(16, 32, 32), mnist=(32, 64, 64))  # mnist: 28 halves twice, to 7
     z_channels: int = flag(4, "latent channels", lo=1, toyfaces=3, mnist=3)
     codebook_size: int = flag(8192, "vectors in the codebook (vq)", lo=2, toyfaces=512, mnist=256)
-    recon: str = flag("l1", "reconstruction loss, a mean", ("l1", "l2"), toyfaces="l2")
+    recon: str = flag("l1", "reconstruction loss", ("l1", "l2"), toyfaces="l2")  # l1 loses lips
     recon_weight: float = flag(1.0, "weight of the reconstruction loss", lo=0)
     codebook_weight: float = flag(1.0, "weight of the codebook loss (vq)", lo=0)
     commit_weight: float = flag(0.25, "weight of the commitment loss (vq)", lo=0)  # VQVAE's beta
@@ -1112,8 +1112,9 @@ def evaluate(cfg):
         model, config = load_ldm(path, device)
         ae = model[2].ae
     else:
-        config, parts = (ckpt := load_checkpoint(path, "ae"))["config"], ckpt["parts"]
-        ae = build_autoencoder(config, parts["ema"]).to(device)
+        ckpt = load_checkpoint(path, "ae")
+        config = ckpt["config"]
+        ae = build_autoencoder(config, ckpt["parts"]["ema"]).to(device)
     ae_cfg = ae.config if ae else defaults(AEConfig, config["data"])
     root = cfg.data_root or config["data_root"]
     train, held = load_images(config["data"], root, config["size"], ae_cfg["channels"])
@@ -1161,7 +1162,6 @@ COMMANDS = {  # name: (settings, function, help)
     "sample": (SampleConfig, sample, "make new images"),
     "eval": (SampleConfig, evaluate, "measure the autoencoder and the samples on held-out images"),
     "demo": (RunConfig, demo, "both stages and samples in a few minutes")}
-
 def build_parser():
     """A subcommand per entry of COMMANDS, a flag per field of its settings."""
     parser = argparse.ArgumentParser(prog="ldm.py", description="latent diffusion in one file")

@@ -2,7 +2,7 @@
 a brute-force reference, the data loader against a zoo of pictures, then training, resuming and the
 command line with tiny networks. CPU only, no network, nothing outside the repository.
 
-  python -m pytest -q test_ldm.py     # about 40 seconds on two CPU cores
+  python -m pytest -q test_ldm.py     # about 50 seconds on two CPU cores
 """
 import ast, csv, math, os, re, shutil, signal, subprocess, sys, time, zlib
 from dataclasses import fields
