@@ -1408,12 +1408,15 @@ def test_unknown_words_are_argparse_errors(line, capsys):
     assert stopped.value.code == 2 and "error:" in err and len(err.splitlines()) <= 2
     assert all(word in err for word in line.split() if word.startswith("--"))
 
-def test_mistake_is_answered_within_five_seconds(tmp_path):
-    """From the shell, with the time that importing torch takes."""
-    start = time.perf_counter()
-    line = [sys.executable, HERE / "ldm.py", "train-ae", "--size", "30", "--data-root", tmp_path]
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert time.perf_counter() - start < 5 and done.returncode == 2 and not done.stdout
+def test_mistake_is_answered_a_second_after_torch_is_there(tmp_path):
+    """From the shell; importing torch takes 2 to 13 s, as busy as the machine is."""
+    def timed(*line):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, *line], capture_output=True, text=True)
+        return time.perf_counter() - start, done
+    importing, _ = timed("-c", "import torch, torchvision")
+    took, done = timed(HERE / "ldm.py", "train-ae", "--size", "30", "--data-root", tmp_path)
+    assert took < 1.5 * importing + 1 and done.returncode == 2 and not done.stdout
     assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 @pytest.mark.parametrize("command", ldm.COMMANDS)
