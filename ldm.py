@@ -12,7 +12,7 @@ arXiv 2112.10752) therefore splits it in two:
   python ldm.py train-ldm --data celebhq  # stage 2: UNet on the latents
   python ldm.py sample                    # new images from the newest run
   python ldm.py eval                      # PSNR, LPIPS, codebook usage, Frechet distance
-Letters, the same in papers, code and tests:
+Letters, the same in code and tests, mostly those of the papers:
   B batch   C image channels   H W image height, width   D latent channels   h w latent size
   K codebook size   T diffusion steps   x image in [-1, 1]   z latent   eps Gaussian noise
   z_e, z_q latent before, after quantising   z0 clean, z_t noisy latent   t step, 0 .. T-1
@@ -46,7 +46,7 @@ def flag(default, help, choices=None, lo=None, hi=math.inf, **presets):
 class RunConfig:
     data: str = flag("toyfaces", "toyfaces, mnist, celebhq, or the path of a folder of images")
     data_root: str = flag("data", "folder that holds the data sets and the image cache")
-    out: str = flag("", "run folder; empty: runs/<data>")
+    out: str = flag("", "run folder; empty: runs/DATA")
     seed: int = flag(0, "seed of weights, batches and noise", lo=0, hi=10 ** 9)
     device: str = flag("auto", "auto: cuda, else mps, else cpu", ("auto", "cuda", "mps", "cpu"))
     amp: str = flag("auto", "auto: with CUDA bf16, or fp16", ("auto", "bf16", "fp16", "off"))
@@ -567,7 +567,7 @@ class NoiseScheduler(nn.Module):
             betas = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, T, dtype=torch.float64) ** 2
             betas = betas * 1000 / T  # another T: as much noise at the end, about
         else:  # cosine: Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 17
-            u = torch.linspace(0, 1, T + 1, dtype=torch.float64)                # t / T
+            u = torch.linspace(0, 1, T + 1, dtype=torch.float64)  # (t + 1) / T, from t = -1 on
             abar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = 1 - abar[1:] / abar[:-1]  # Eq. 17 divides by f(0), which cancels here
         abar = torch.cumprod(1 - betas.clamp(max=0.999), dim=0)  # (T,); else cosine ends at 0
@@ -803,7 +803,7 @@ class Run:
                 if not sum(w.sum() for w in net.parameters()).isfinite()]  # one bad value spoils it
         if bad:
             raise UserError(f"{', '.join(bad)} at step {self.step}; {self.path} is older. "
-                            "Start anew with a lower --lr, or with --amp off")
+                            "Go on from it with --amp off, or anew with a lower --lr")
         pace = (self.step - self.tick[0]) / (time.perf_counter() - self.tick[1])  # steps per second
         speed, left = pace * self.cfg.batch * self.cfg.accum, (self.cfg.steps - self.step) / pace
         path = self.dir / f"{self.stage}.csv"
