@@ -802,8 +802,8 @@ class Run:
         bad += [f"a weight of {k} is not finite" for k, net in self.nets.items()
                 if not sum(w.sum() for w in net.parameters()).isfinite()]  # one bad value spoils it
         if bad:
-            raise UserError(f"{', '.join(bad)} at step {self.step}; {self.path} is older. "
-                            "Go on from it with --amp off, or anew with a lower --lr")
+            raise UserError(f"{', '.join(bad)} at step {self.step}, which is not saved. --amp off "
+                            f"goes on from {self.path}, if there; a lower --lr needs a new --out")
         pace = (self.step - self.tick[0]) / (time.perf_counter() - self.tick[1])  # steps per second
         speed, left = pace * self.cfg.batch * self.cfg.accum, (self.cfg.steps - self.step) / pace
         path = self.dir / f"{self.stage}.csv"
