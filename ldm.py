@@ -18,10 +18,11 @@ Letters, the same in code and tests, mostly those of the papers:
   B batch   C image channels   H W image height, width   D latent channels   h w latent size
   K codebook size   T diffusion steps   x image in [-1, 1]   z latent   eps Gaussian noise
   z_e, z_q latent before, after quantising   z0 clean, z_t noisy latent   t step, 0 .. T-1
-  N images   c channels inside a network   abar product of 1 - beta   sg[.] stops the gradient
+  N images   c channels inside a network, where x may be any features   sg[.] stops the gradient
+  abar product of 1 - beta   alpha = sqrt(abar)   sigma = sqrt(1 - abar)
 
 The table of contents: grep "^# ----" ldm.py. To learn the subject, read sections 3 to 8, then the
-two training loops in 11 and 12; sections 1, 2, 9 and 14 are what any training program needs.
+two training loops in 11 and 12; the rest is what any training program needs.
 """
 import argparse
 import contextlib
@@ -49,7 +50,7 @@ from torchvision.transforms import functional as TF
 
 # ---- 1. Settings --------------------------------------------------------------------------------
 # A dataclass per subcommand; the command line is made from its fields. The defaults are the recipe
-# for 256x256 photos (celebhq, or your own folder); PRESETS says what differs elsewhere.
+# for 256x256 photos (celebhq, or your own folder); PRESETS says what differs for the small sets.
 
 def flag(default, help, *choices, low=1, high=10 ** 9):
     """A setting: its default, its help, and what it may be: one of the choices, or low .. high."""
@@ -116,7 +117,7 @@ class SampleConfig(RunConfig):
     progress: bool = flag(False, "also write the denoising as a strip")
 
 PRESETS = {  # what differs from the defaults above
-    ("toyfaces", AEConfig): dict(  # l2, for l1 loses the lips
+    ("toyfaces", AEConfig): dict(  # l2: l1 blurs the lips away
         size=32, widths=(16, 32, 32), layers=1, z_channels=3, codebook_size=512, recon="l2",
         perceptual_weight=0.0, gan_weight=0.0, batch=8, steps=3000, lr=2e-3, save_every=500),
     ("toyfaces", LDMConfig): dict(
@@ -149,7 +150,7 @@ def resolve(cls, given):
             fine = type(value) in (int, f.type) and rule["low"] <= value <= rule["high"]
             require(fine, f.name, value, f"give {f.type.__name__}, {rule['low']} to {rule['high']}")
         else:
-            fine = type(value) in (f.type, list) and value != ""  # argparse makes lists of tuples
+            fine = type(value) in (f.type, list) and value != ""  # list: argparse's tuple
             require(fine, f.name, repr(value), f"give {rule['help']}")
 
     if data and not cfg.out:
@@ -159,10 +160,10 @@ def resolve(cls, given):
         there = next(folder for folder in (out, *out.parents) if folder.exists())
         fine = there.is_dir() and os.access(there, os.W_OK)
         require(fine, "out", cfg.out, f"{there} is no folder that can be written to")
-        require(out != Path(data).absolute(), "out", cfg.out, "holds the data, which would mix")
+        require(out != Path(data).absolute(), "out", cfg.out, "is the data folder: give another")
         cfg.widths = tuple(cfg.widths)
         fine = len(cfg.widths) > 1 and all(c in range(4, 10000, 4) for c in cfg.widths)
-        require(fine, "widths", cfg.widths, "give two or more multiples of 4, the number of heads")
+        require(fine, "widths", cfg.widths, "give two or more multiples of 4 (there are 4 heads)")
     if cls is AEConfig:
         unit = 2 ** (len(cfg.widths) - 1)
         require(cfg.size % unit == 0, "size", cfg.size, f"--widths needs a multiple of {unit}")
@@ -173,7 +174,7 @@ def pick_device(cfg):
     found = torch.accelerator.is_available()
     best = torch.accelerator.current_accelerator().type if found else "cpu"
     name = best if cfg.device == "auto" else cfg.device
-    require(name in (best, "cpu"), "device", name, "this machine or this PyTorch has none")
+    require(name in (best, "cpu"), "device", name, "this PyTorch finds none here: try auto")
     amp = cfg.amp
     if amp == "auto" and name == "cuda":  # before Ampere bf16 is merely emulated, and slow
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -266,16 +267,20 @@ def fingerprint(*things):
 
 def load_folder(folder, size, channels, cache_folder):
     """Decodes a folder once into a cache: uint8 (N, channels, size, size), shuffled, and a name for
-    this list of files. Unreadable pictures are named and skipped. Raises UserError if there are
-    fewer than three others."""
+    this list of files. Unreadable pictures are named and skipped. Raises UserError if fewer than
+    three can be read."""
     names = sorted(glob.glob("**/*", root_dir=folder, recursive=True))
     runs = {Path(name).parent for name in names if Path(name).name in ("ae.pt", "ldm.pt")}
     names = [name for name in names if Path(name).suffix.lower() in Image.registered_extensions()
              and runs.isdisjoint(Path(name).parents)  # what a run has written is no data
              and (folder / name).is_file()]
+    unique = {os.path.realpath(folder / name): name for name in names}  # links may double some
+    names = sorted(unique.values())
+    require(len(names) > 2, "data", folder, f"has {len(names)} pictures, and three are the least; "
+            "none in or below a folder with an ae.pt or ldm.pt counts")
     sizes = [os.path.getsize(folder / name) for name in names]
     times = [os.path.getmtime(folder / name) for name in names]
-    pictures = f"{len(names)} files, {fingerprint(names, sizes)}"  # a copy has other times
+    pictures = f"{len(names)} files, {fingerprint(names, sizes)}"  # no times: a copy has others
     cache = cache_folder / f"{fingerprint(pictures, times)}-{size}x{size}x{channels}.uint8"
     least = 3 * size * size * channels  # bytes: one picture to train on, two held out
 
@@ -291,9 +296,7 @@ def load_folder(folder, size, channels, cache_folder):
         order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))
         with new_file(cache) as file, ThreadPoolExecutor(4) as pool:
             file.writelines(pool.map(decode, [names[i] for i in order]))
-            require(file.tell() >= least, "data", folder,
-                    f"has {len(names)} pictures (none beside an ae.pt or ldm.pt counts), of which "
-                    "three or more should be readable")
+            require(file.tell() >= least, "data", folder, "has fewer than three readable pictures")
     images = torch.from_file(str(cache), size=cache.stat().st_size, dtype=torch.uint8)  # mapped
     images = images.view(-1, size, size, channels).permute(0, 3, 1, 2)  # (N, C, H, W)
     print(f"{folder}: {len(images)} pictures, {len(names) - len(images)} more are unreadable")
@@ -327,7 +330,7 @@ def load_images(cfg):
 
     require(images.shape[1] == cfg.channels, "channels", cfg.channels, f"{cfg.data} has others")
     require(cfg.pictures in ("", pictures), "data", cfg.data, f"is now {pictures}, but the run was "
-            f"trained on {cfg.pictures}: put that back, or take another --out")
+            f"trained on {cfg.pictures}: give that again, or another --out")
     cfg.pictures = pictures
     return images[:-held], images[-held:]
 
@@ -338,19 +341,20 @@ def to_float(images, device):
 
 # ---- 3. Blocks: one set for the encoder, the decoder and the UNet -------------------------------
 # ResNet block and attention as in DDPM (Ho et al. 2020, arXiv 2006.11239, appendix B). Time
-# embedding, attention, skip and resampling are arguments. The networks of 4 and 8 need no more.
+# embedding, attention, skip and resampling are arguments. Each block needs those above it, and the
+# networks of sections 4 and 8 need all of them.
 
 def group_norm(c):
-    """Brings each group of channels to mean 0, variance 1: 32 groups as in DDPM's code, fewer if
-    they would have under 4 channels (one alone would lose its mean, all that it has to say)."""
-    return nn.GroupNorm(math.gcd(32, max(1, c // 4)), c)  # gcd: the groups must divide c
+    """Brings each group of channels to mean 0, variance 1. DDPM's code has 32 groups, here there
+    may be fewer, of 4 channels or more: in a group of one a flat channel would become 0."""
+    return nn.GroupNorm(math.gcd(32, c // 4), c)  # c: a multiple of 4
 
 def norm_silu_conv(c_in, c_out, bias=True):
     conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=bias)
     return nn.Sequential(group_norm(c_in), nn.SiLU(), conv)
 
 def sinusoids(t, dim):
-    """Steps t (B,) -> (B, dim): sines and cosines of geometric wavelengths, 2 pi .. 20000 pi."""
+    """Steps t (B,) -> (B, dim): sines and cosines, wavelengths from 2 pi to almost 20000 pi."""
     freqs = 10000 ** (-torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None].float() * freqs                         # (B, dim / 2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -381,7 +385,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out, t_dim=None, heads=0):
         super().__init__()
-        self.conv1 = norm_silu_conv(c_in, c_out, bias=False)  # norms or other layers bring biases
+        self.conv1 = norm_silu_conv(c_in, c_out, bias=False)  # norms bring the biases
         self.conv2 = norm_silu_conv(c_out, c_out, bias=False)
         self.time = nn.Linear(t_dim, c_out) if t_dim else None
         self.skip = nn.Conv2d(c_in, c_out, 1, bias=False) if c_in != c_out else nn.Identity()
@@ -418,7 +422,7 @@ class DownBlock(Stack):
 class MidBlock(Stack):
     """(B, c_in, h, w) -> (B, c_out, h, w): `layers` ResBlocks with attention, and one without."""
 
-    def __init__(self, c_in, c_out, layers, t_dim=None, heads=4):  # heads: in the autoencoders too
+    def __init__(self, c_in, c_out, layers, t_dim=None, heads=4):  # in the autoencoders too
         super().__init__(*res_blocks(c_in, c_out, layers, t_dim, heads))
         self.append(ResBlock(c_out, c_out, t_dim))
 
@@ -442,10 +446,11 @@ class UpBlock(nn.Module):
 
 
 # ---- 4. Autoencoders: VQVAE and VAE differ only in what happens to the latent -------------------
-# Both keep z easy to model in stage 2. VQVAE (van den Oord et al. 2017, arXiv 1711.00937): decoding
-# only K different vectors, so z_e gathers around them; argmin has no gradient, hence the straight-
-# through trick. VAE (Kingma & Welling 2013, 1312.6114): noise of a learned size is added to z, and
-# a KL term stops the mean from outgrowing it: a smooth pull, z stays continuous, no trick needed.
+# Both keep z easy to model in stage 2. VQVAE (van den Oord et al. 2017, arXiv 1711.00937): the
+# decoder sees only K different vectors, so z_e gathers around them; argmin has no gradient, hence
+# the straight-through trick. VAE (Kingma & Welling 2013, 1312.6114): noise of a learned size is
+# added to z, and a KL term stops the mean from outgrowing it: a smooth pull, z stays continuous;
+# the noise is drawn apart from its mean and size (reparameterised), so that gradients reach both.
 
 def build_encoder(channels, widths, layers, c_out):
     """Network: image (B, C, H, W) -> (B, c_out, h, w) with h = H / 2 ** (len(widths) - 1)."""
@@ -488,8 +493,9 @@ class VQVAE(nn.Module):
         return self.codebook(indices).movedim(-1, 1), indices
 
     def forward(self, x):
-        """x (B, C, H, W) in [-1, 1] -> reconstruction, {name: loss term}; Eq. 3, of equal value:
-        codebook = |sg[z_e] - e|^2 pulls the codes, commit = |z_e - sg[e]|^2 pulls the encoder."""
+        """x (B, C, H, W) in [-1, 1] -> reconstruction, {name: loss term}; Eq. 3. The two terms have
+        one value, but codebook = |sg[z_e] - e|^2 pulls the codes, commit = |z_e - sg[e]|^2 the
+        encoder."""
         z_e = self.encode(x)
         z_q, indices = self.quantise(z_e)
         if self.training:
@@ -561,8 +567,9 @@ def build_autoencoder(cfg):
 
 class LPIPS(nn.Module):
     """Distance of two images as people see it: the `lpips` package with net="vgg", v0.1. Frozen.
-    weights: file of the five 1x1 layers. vgg: the `features.*` weights of torchvision's VGG16, or
-    None: from torch.hub's cache or its URL. Raises UserError if one of the two cannot be had."""
+    weights: file of the five layers `lin`, which hold w^2 per channel. vgg: the `features.*`
+    weights of torchvision's VGG16, or None: from torch.hub's cache or its URL. Raises UserError if
+    one of the two cannot be had."""
 
     def __init__(self, weights="lpips_weights.pth", vgg=None):
         super().__init__()
@@ -595,7 +602,7 @@ class LPIPS(nn.Module):
 
     def forward(self, x, y):
         """x, y (B, 1 or 3, H, W) -> distances (B,), Eq. 1: the sum over layers of
-        mean_hw sum_c lin (unit(f_x) - unit(f_y))^2, lin being w^2. No gradient goes into y."""
+        mean_hw sum_c w^2 (unit(f_x) - unit(f_y))^2. No gradient goes into y."""
         total = 0
         for lin, f_x, f_y in zip(self.lins, self.features(x), self.features(y.detach())):
             diff = F.normalize(f_x, dim=1) - F.normalize(f_y, dim=1)  # (B, c, h, w)
@@ -631,7 +638,7 @@ def generator_loss(kind, fake):
     if kind == "lsgan":
         return (fake - 1).square().mean()
     if kind == "bce":
-        return F.softplus(-fake).mean()  # -log D(x'), D being the sigmoid of the score
+        return F.softplus(-fake).mean()  # -log p, p = sigmoid(score)
     raise ValueError(f"no adversarial loss {kind!r}")
 
 def discriminator_loss(kind, real, fake):
@@ -648,10 +655,10 @@ def discriminator_loss(kind, real, fake):
 
 # ---- 7. Noise scheduler: how noise goes in, and three ways to take it out -----------------------
 # DDPM: Ho et al. 2020, arXiv 2006.11239. DDIM: Song et al. 2020, 2010.02502. DPM-Solver++(2M): Lu
-# et al. 2022, 2211.01095. abar = product of 1 - beta, alpha = sqrt(abar), sigma = sqrt(1 - abar).
-# A squared error is least for the mean of all eps that fit z_t, and that mean is -sigma times the
-# score, the gradient of log p(z_t): plain regression finds the direction in which the data lie.
-# One jump from pure noise would end at a blur, the average face; each small step commits to a bit.
+# et al. 2022, 2211.01095. A squared error is least for the mean of all eps that fit z_t. That mean
+# is -sigma times the score, the gradient of log p(z_t): plain regression finds the direction in
+# which the data lie. One jump from pure noise would end at a blur, the average face; each small
+# step commits to a bit.
 
 class NoiseScheduler(nn.Module):
     """z_t = alpha z0 + sigma eps. t = 0 has one step of noise, T-1 nearly nothing else; samplers
@@ -663,16 +670,17 @@ class NoiseScheduler(nn.Module):
         super().__init__()
         self.T = T
         self.target = target
+        self.target_weights(1, 0)  # KeyError if there is no such target
         # linear in sqrt(beta); LDM's range for CelebA-HQ, meant for T = 1000
         betas = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, T, dtype=torch.float64) ** 2
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)        # (T,), abar
         # float32 on the network's device for training; not in checkpoints, for T makes it
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
-        self.exact = alphas_cumprod.tolist() + [1.0]  # for the samplers; exact[-1] is t = -1
+        self.abar = alphas_cumprod.tolist() + [1.0]  # for the samplers; abar[-1] is t = -1
 
     def alpha_sigma(self, t):
         """sqrt(abar_t) and sqrt(1 - abar_t) of one step t, -1 .. T-1, as floats."""
-        return math.sqrt(self.exact[t]), math.sqrt(1 - self.exact[t])
+        return math.sqrt(self.abar[t]), math.sqrt(1 - self.abar[t])
 
     def target_weights(self, alpha, sigma):
         """(p, q): the network predicts p z0 + q eps."""
@@ -682,16 +690,16 @@ class NoiseScheduler(nn.Module):
         """z0, eps (B, D, h, w) and t (B,) -> z_t, and what the network should answer to it.
         DDPM Eq. 4: any t in one go."""
         abar = self.alphas_cumprod[t].view(-1, 1, 1, 1)               # (B, 1, 1, 1)
-        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()  # alpha^2 + sigma^2 = 1: z_t has variance 1
+        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()  # so z_t keeps the variance 1 of z0
         p, q = self.target_weights(alpha, sigma)
         return alpha * z0 + sigma * eps, p * z0 + q * eps
 
     def z0_and_eps(self, pred, z_t, t):
-        """The network's answer at step t (int), as estimates of z0 and eps: add_noise, solved.
-        z0 is not clamped, for latents have no fixed range."""
+        """The network's answer at step t (int), as estimates of z0 and eps: the two equations of
+        add_noise, solved. z0 is not clamped, for latents have no fixed range."""
         alpha, sigma = self.alpha_sigma(t)
         p, q = self.target_weights(alpha, sigma)
-        det = alpha * q - sigma * p  # v: 1; eps: alpha, at T-1 only 1/84
+        det = alpha * q - sigma * p  # of (alpha, sigma; p, q). v: 1; eps: alpha, at T-1 only 1/84
         return (q * z_t - sigma * pred) / det, (alpha * pred - p * z_t) / det
 
     def timesteps(self, steps):
@@ -701,11 +709,12 @@ class NoiseScheduler(nn.Module):
 
     def ddpm_step(self, z0, z_t, t, t_next, noise):
         """Draws from q(z_next | z_t, z0): DDPM Eq. 6-7 and Algorithm 2, for any t_next < t."""
-        abar, abar_next = self.exact[t], self.exact[t_next]
+        abar, abar_next = self.abar[t], self.abar[t_next]
         a = abar / abar_next  # DDPM's alpha_t = 1 - beta_t if t_next = t - 1
-        mean = math.sqrt(abar_next) * (1 - a) * z0 + math.sqrt(a) * (1 - abar_next) * z_t
-        var = (1 - a) * (1 - abar_next)  # 0 in the last step
-        return mean / (1 - abar) + math.sqrt(var / (1 - abar)) * noise
+        z0_weight = math.sqrt(abar_next) * (1 - a) / (1 - abar)
+        z_t_weight = math.sqrt(a) * (1 - abar_next) / (1 - abar)
+        var = (1 - a) * (1 - abar_next) / (1 - abar)  # 0 in the last step
+        return z0_weight * z0 + z_t_weight * z_t + math.sqrt(var) * noise
 
     def ddim_step(self, z0, eps, t_next):
         """The same z0 and eps, mixed with less noise: DDIM Eq. 12 with no new noise."""
@@ -719,12 +728,12 @@ class NoiseScheduler(nn.Module):
             t_before, z0_before = before
             h = self.log_alpha_sigma(t_next) - self.log_alpha_sigma(t)
             h_before = self.log_alpha_sigma(t) - self.log_alpha_sigma(t_before)
-            z0 = z0 + (z0 - z0_before) / h_before * h / 2
+            z0 = z0 + (z0 - z0_before) / h_before * h / 2  # its slope, for half a step
         alpha, sigma = self.alpha_sigma(t)
         return self.ddim_step(z0, (z_t - alpha * z0) / sigma, t_next)
 
     def log_alpha_sigma(self, t):
-        """lambda, which rises from -4.4 at t = T-1 to 3.2 at t = 0."""
+        """lambda, which rises from -4.4 at t = T-1 to 3.3 at t = 0."""
         alpha, sigma = self.alpha_sigma(t)
         return math.log(alpha / sigma)
 
@@ -751,8 +760,8 @@ class UNet(nn.Module):
             self.down_blocks.append(DownBlock(c_in, c_out, layers, t_dim, 4, half))
         self.mid = MidBlock(widths[-1], widths[-2], layers, t_dim)  # 512 -> 384
 
-        self.up_blocks = nn.ModuleList()  # 384 -> 256 -> 192 -> 192: narrower before h, w double
-        up_widths = [*widths[-2::-1], c]
+        self.up_blocks = nn.ModuleList()  # narrower than on the way down, which is cheaper
+        up_widths = [*widths[-2::-1], c]  # 384 256 192 192
         for c_in, c_out, half in zip(up_widths, up_widths[1:], halves[::-1]):
             self.up_blocks.append(UpBlock(c_in, c_out, layers, t_dim, 4, half, c_skip=c_in))
         self.out = norm_silu_conv(c, z_channels)
@@ -772,12 +781,13 @@ class UNet(nn.Module):
 
 class LatentDiffusion(nn.Module):
     """What makes images: a UNet, a noise scheduler, an autoencoder, and the mean and std of its
-    latents. cfg: an LDMConfig, ae_cfg: the AEConfig of the autoencoder ae."""
+    latents. cfg: an LDMConfig, ae_cfg: the AEConfig of the autoencoder ae. Needs `autocast` too."""
 
     def __init__(self, cfg, ae_cfg, ae):
         super().__init__()
         D = ae_cfg.z_channels
         side = ae_cfg.size // 2 ** (len(ae_cfg.widths) - 1)
+        # True as long as the halved side is whole and 4 or more, then False
         can_halve = [side % 2 ** i == 0 and side // 2 ** i >= 4 for i in range(1, len(cfg.widths))]
         self.shape = (D, side, side)
         self.ae = ae
@@ -864,7 +874,7 @@ class Run:
     """A training stage in its run folder: resumes, counts steps, logs, saves. parts: {name: module,
     optimiser or scaler}, what the checkpoint holds besides settings and log; "net" is trained."""
 
-    stopping = None  # whether the loop at work shall end; None: there is none. See on_signal
+    stopping = None  # None: no loop is at work, False: one is, True: it shall end (on_signal)
 
     def __init__(self, cfg, stage, parts):
         self.cfg = cfg
@@ -881,13 +891,14 @@ class Run:
         print(f"train-{self.stage}: {self.cfg}")
         if self.path.exists():
             ckpt = load_file(self.path, self.stage)
-            for name, now in reversed(asdict(self.cfg).items()):  # the last say what it trains on
+            for name, now in reversed(asdict(self.cfg).items()):  # other data say most: first
                 then = ckpt["config"][name]
                 if name not in MAY_CHANGE and then != now:
                     raise UserError(f"{self.path} was trained with {name} = {then}, not {now}: go "
                                     "back to that, or give another --out to start anew")
-            for name, part in self.parts.items():
-                part.load_state_dict(ckpt["parts"][name])
+            for name, state in ckpt["parts"].items():
+                if state:  # a scaler that was off has none
+                    self.parts[name].load_state_dict(state)
             self.step = ckpt["step"]
             self.rows = ckpt["log"]
             print(f"going on after step {self.step}; --steps was {ckpt['config']['steps']}")
@@ -895,8 +906,8 @@ class Run:
             file.write(f"{self.cfg}\n".encode())
 
     def steps(self):
-        """Yields the numbers of the steps to do, 1 .. cfg.steps. Asked to stop, it yields one more,
-        which `due` knows to be the last, and raises KeyboardInterrupt."""
+        """Yields the numbers of the steps to do, 1 .. cfg.steps. A stop may come after the body has
+        asked `due`: so one more step is done, for which `due` is True, then KeyboardInterrupt."""
         Run.stopping = False
         self.last = self.step >= self.cfg.steps
         self.start = time.perf_counter()
@@ -904,9 +915,10 @@ class Run:
             self.step += 1
             self.last = Run.stopping or self.step == self.cfg.steps
             yield self.step
+        stopped = Run.stopping
         Run.stopping = None
         print(f"step {self.step} of {self.cfg.steps} is saved: {self.path.absolute()}")
-        if self.step < self.cfg.steps:
+        if stopped:
             raise KeyboardInterrupt  # main() makes exit code 130 of it
 
     def due(self, every):
@@ -916,7 +928,8 @@ class Run:
     def add(self, terms):
         """Keeps loss terms on the device: reading them in each step would make it wait."""
         for name, value in terms.items():
-            self.terms.setdefault(name, []).append(value.detach().clone())
+            value = value.detach().clone()  # a CUDA graph's next replay overwrites its outputs
+            self.terms.setdefault(name, []).append(value)
 
     def log(self, **more):
         """A line on the screen and a row of the log, of loss terms the means since the last one.
@@ -951,7 +964,8 @@ class Run:
 
 def draw_curves(rows):
     """A small panel for each figure of the log, over the steps: a PIL picture."""
-    names = list(dict.fromkeys(name for row in rows for name in row))[1:]  # gan joins late
+    names = list(dict.fromkeys(name for row in rows for name in row))  # gan joins late
+    names.remove("step")
     image = Image.new("RGB", (1200, 170 * math.ceil(len(names) / 4) + 1), "white")
     draw = ImageDraw.Draw(image)
     for i, name in enumerate(names):
@@ -970,7 +984,7 @@ def image_grid(images, columns):
     """Images (N, 1 or 3, H, W) in [-1, 1] -> one PIL picture; tiny ones are enlarged."""
     images = F.interpolate(images.float().cpu(), scale_factor=max(1, 96 // images.shape[-1]))
     grid = utils.make_grid(images.clamp(-1, 1), columns, pad_value=-1)
-    return TF.to_pil_image(((grid + 1) * 127.5).round().byte())  # PIL's own way is to cut
+    return TF.to_pil_image(((grid + 1) * 127.5).round().byte())
 
 def latent_picture(z, size):
     """Latents (N, D, h, w) as images (N, 3, size, size): three channels as colours, or one grey."""
@@ -1025,7 +1039,7 @@ def compile_network(net, cfg, device):
         for module in net.modules():
             if isinstance(module, nn.GroupNorm):
                 module.__class__ = OnePassGroupNorm  # the same weights, another forward
-        # a CUDA graph saves half of a UNet step, but overwrites gradients that --accum adds up
+        # CUDA graphs launch all at once, but a replay overwrites the gradients that --accum adds up
         net.compile(dynamic=False, mode="reduce-overhead" if cfg.accum == 1 else "default")
 
 
@@ -1080,7 +1094,7 @@ def train_ae(cfg):
         torch.manual_seed(cfg.seed * 1_000_003 + step)  # resumed or not: the same numbers
         lr = learning_rate(cfg, step)
         adversarial = cfg.gan_weight > 0 and step > cfg.disc_start
-        if cfg.ae == "vq" and step % 100 == 1:
+        if cfg.ae == "vq" and step % 100 == 1:  # codes that the last 100 did not use
             with torch.no_grad(), autocast(device, dtype):
                 ae.restart_codes(ae.encode(draw_images(images, cfg, device)))
 
@@ -1096,7 +1110,7 @@ def train_ae(cfg):
                 if adversarial:
                     disc.requires_grad_(False)  # gradients go through it, none stay in it
                     terms["gan"] = generator_loss(cfg.gan, disc(x_rec))
-                    disc.requires_grad_(True)
+                    disc.requires_grad_(True)  # for (2); this graph is made
                     # rises over 1000 steps: a critic that knows nothing yet would only do harm
                     weights["gan"] = cfg.gan_weight * min(1, (step - cfg.disc_start) / 1000)
                 loss = sum(weights[name] * term for name, term in terms.items())
@@ -1146,13 +1160,13 @@ def load_latents(cfg, ae, images, device, dtype):
     """Latents of the images, with cfg.flip also of the mirrored ones: (N, D, h, w), float16, on the
     device. From <out>/latents.pt if these images and this autoencoder made it, else encoded."""
     path = Path(cfg.out, "latents.pt")
-    name = fingerprint(cfg.ae_weights, cfg.flip, images.movedim(1, -1))  # as they lie in memory
+    name = fingerprint(cfg.ae_weights, cfg.flip, images.movedim(1, -1))  # no copy
     saved = load_file(path, "latents") if path.exists() else {}
     if name not in saved:
         print(f"encoding {len(images)} images")
         latents = []
         for mirrored in ([False, True] if cfg.flip else [False]):
-            for batch in images.split(16):  # few at once: no more memory than training needs
+            for batch in images.split(16):  # few at once: as in stage 1, where they fitted
                 x = to_float(batch, device)
                 with autocast(device, dtype):
                     latents.append(ae.encode(x.flip(3) if mirrored else x).half())
@@ -1179,7 +1193,8 @@ def train_ldm(cfg):
     run = Run(cfg, "ldm", dict(net=unet, ldm=ldm, opt=opt, scaler=scaler))
     run.resume()
     z_all = load_latents(cfg, ldm.ae, images, device, dtype)    # (N, D, h, w)
-    ldm.measure(z_all)
+    if run.step == 0:
+        ldm.measure(z_all)
     print(f"latents {tuple(z_all.shape)}, mean {ldm.mean.flatten()}, std {ldm.std.flatten()}")
     compile_network(unet, cfg, device)
 
@@ -1220,7 +1235,7 @@ def find_run(cfg, *stages):
     """The newest checkpoint of these stages in --out, or under runs/. Raises UserError."""
     folders = [Path(cfg.out)] if cfg.out else Path("runs").glob("*")
     found = [path for f in folders for path in f.glob("*.pt") if path.stem in stages]
-    require(found, "out", cfg.out or Path("runs").absolute(), "holds no run: train both stages")
+    require(found, "out", cfg.out or Path("runs").absolute(), "holds no such run: train first")
     return max(found, key=os.path.getmtime)
 
 def sample(cfg):
@@ -1235,7 +1250,7 @@ def sample(cfg):
         image_grid(images, math.ceil(math.sqrt(n))).save(file, "PNG")
     if cfg.progress:
         with new_file(path.with_name("progress.png")) as file:
-            image_grid(denoising_strip(trace, ldm), 3 * min(4, n)).save(file, "PNG")
+            image_grid(denoising_strip(trace, ldm), 3 * len(trace[0][0])).save(file, "PNG")
     print(f"wrote {path.with_name('samples.png').absolute()}")
 
 def denoising_strip(trace, ldm):
@@ -1351,9 +1366,11 @@ def main(argv=None):
     except OSError as error:
         message = f"{error}. No file is half written; is there room, and may one write there?"
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in f"{error!r}".lower():
+        text = f"{type(error).__name__} {error}"
+        if not any(words in text for words in ("MemoryError", "out of memory", "allocate memory")):
             raise  # a mistake of ours: its traceback is needed
-        message = "out of memory: in a new --out, lower --batch (raise --accum) or --codebook-size"
+        message = ("out of memory: lower --batch or --codebook-size; a run that has a checkpoint "
+                   "needs a new --out for that")
     print(f"ldm.py: error: {message}", file=sys.stderr)
     return 2
 
