@@ -953,23 +953,23 @@ def test_ema_warms_up_then_keeps_its_limit():
         ldm.update_ema(ema, model, step)
         assert ema.weight.item() == pytest.approx(decay) and model.weight.item() == 0
 
-@each("offset, spread", [(0, 1), (30, 2), (0.7, 0), (30, 1e-4)])
+@each("offset, spread", [(0, 1), (30, 2), (100, 0), (30, 1e-4)])
 def test_compiling_changes_neither_answers_nor_gradients_nor_names(monkeypatch, offset, spread):
     """On a GPU norms become one-pass ones, with the same weights: equal to nn.GroupNorm also far
     from 0, and finite for groups that are flat."""
     monkeypatch.setattr(nn.Module, "compile", always(None))
     nets, results = [nn.Sequential(nn.GroupNorm(8, 64)) for _ in range(2)], []
     nets[1].load_state_dict(shaken(nets[0]).state_dict())
-    values, slopes = offset + spread * torch.randn(2, 64, 6, 10), torch.randn(2, 64, 6, 10)
+    values = offset * torch.rand(40, 1, 1, 1) + spread * torch.randn(40, 64, 6, 10)
     for net, device, kind in zip(nets, ("cpu", "cuda"), (nn.GroupNorm, ldm.OnePassGroupNorm)):
         ldm.compile_network(net, ldm.LDMConfig(), torch.device(device))
         assert type(net[0]) is kind
         x = values.clone().requires_grad_()
         y = net(x)
-        (y * slopes).sum().backward()
+        (y * values.cos()).sum().backward()  # some slope or other
         assert y.isfinite().all() and x.grad.isfinite().all()
         grads = {name: p.grad for name, p in net.named_parameters()}
-        results.append([y, grads] + [x.grad] * bool(spread))
+        results.append([y] + [grads, x.grad] * bool(spread))
     if spread != 1e-4:  # there all digits are rounding
         close(*results, rtol=1e-3, atol=1e-2)
 
