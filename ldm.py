@@ -63,8 +63,8 @@ class RunConfig:
     data_root: str = flag("data", "folder that holds the data sets and the image cache")
     out: str = flag(None, "run folder; if not given: runs/DATA")
     seed: int = flag(0, "seed of weights, batches and noise", low=0)
-    device: str = flag("auto", "auto: a GPU if there is one", "auto", "cuda", "mps", "cpu")
-    amp: str = flag("auto", "auto: with CUDA bf16, or fp16", "auto", "bf16", "fp16", "off")
+    device: str = flag("auto", "auto: a GPU if any", "auto", "cuda", "mps", "cpu")
+    amp: str = flag("auto", "auto: on CUDA bf16 or fp16", "auto", "bf16", "fp16", "off")
 
 @dataclass
 class TrainConfig(RunConfig):
@@ -89,7 +89,7 @@ class AEConfig(TrainConfig):
     recon: str = flag("l1", "reconstruction loss", "l1", "l2")
     codebook_weight: float = flag(1.0, "weight of the codebook loss (vq)", low=0)
     commit_weight: float = flag(0.25, "weight of the commitment loss (vq)", low=0)
-    kl_weight: float = flag(1e-6, "weight of the KL divergence per image value (kl)", low=0)
+    kl_weight: float = flag(1e-6, "weight of the KL term per image value (kl)", low=0)
     perceptual_weight: float = flag(1.0, "weight of LPIPS; 0: off", low=0)
     gan_weight: float = flag(0.05, "weight of the GAN loss; 0: off", low=0)
     gan: str = flag("hinge", "adversarial loss", "bce", "lsgan", "hinge")
@@ -101,7 +101,7 @@ class LDMConfig(TrainConfig):
     batch: int = flag(128, "latents at once on the device")
     steps: int = flag(10000, "optimiser steps in all")
     lr: float = flag(4e-4, "highest learning rate of Adam", low=1e-9)
-    widths: tuple = flag((192, 256, 384, 512), "UNet channels; a block between neighbours")
+    widths: tuple = flag((192, 256, 384, 512), "UNet channels; a block in between")
     target: str = flag("v", "what the UNet predicts", "eps", "v")
     ae: dict = field(default=None, repr=False)  # no flags: train_ldm keeps here the settings of
     ae_weights: str = ""  # the autoencoder, and a fingerprint of its weights
@@ -150,7 +150,7 @@ def resolve(cls, given):
             fine = type(value) in (int, f.type) and rule["low"] <= value <= rule["high"]
             require(fine, f.name, value, f"give {f.type.__name__}, {rule['low']} to {rule['high']}")
         else:
-            fine = type(value) in (f.type, list) and value != ""  # list: argparse's tuple
+            fine = type(value) in (f.type, list) and value != ""  # list: from argparse
             require(fine, f.name, repr(value), f"give {rule['help']}")
 
     if data and not cfg.out:
@@ -310,6 +310,16 @@ def load_images(cfg):
     root = Path(cfg.data_root).absolute()
     cfg.data_root = str(root)  # so that `eval` finds it from any folder
     pictures = cfg.data  # the name of a built-in set says all
+    if cfg.data not in ("toyfaces", "mnist"):
+        folder = root / "celebhq" if cfg.data == "celebhq" else Path(cfg.data).absolute()
+        cfg.data = cfg.data if cfg.data == "celebhq" else str(folder)
+        require(folder.is_dir(), "data", cfg.data, f"{folder} is no folder of pictures")
+        images, pictures = load_folder(folder, cfg.size, cfg.channels, root / "cache")
+        held = min(1000, max(2, len(images) // 10))  # load_folder has shuffled
+    require(cfg.pictures in ("", pictures), "data", cfg.data, f"{pictures}, but the run was "
+            f"trained on {cfg.pictures}: give that again, or another --out")
+    cfg.pictures = pictures
+
     if cfg.data == "toyfaces":
         images = toyfaces(range(9216), cfg.size)
         held = 1024
@@ -321,17 +331,7 @@ def load_images(cfg):
                             f"({error})") from error
         images = TF.resize(torch.cat(digits)[:, None], [cfg.size, cfg.size])
         held = len(digits[1])
-    else:
-        folder = root / "celebhq" if cfg.data == "celebhq" else Path(cfg.data).absolute()
-        cfg.data = cfg.data if cfg.data == "celebhq" else str(folder)
-        require(folder.is_dir(), "data", cfg.data, f"{folder} is no folder of pictures")
-        images, pictures = load_folder(folder, cfg.size, cfg.channels, root / "cache")
-        held = min(1000, max(2, len(images) // 10))  # load_folder has shuffled
-
     require(images.shape[1] == cfg.channels, "channels", cfg.channels, f"{cfg.data} has others")
-    require(cfg.pictures in ("", pictures), "data", cfg.data, f"is now {pictures}, but the run was "
-            f"trained on {cfg.pictures}: give that again, or another --out")
-    cfg.pictures = pictures
     return images[:-held], images[-held:]
 
 def to_float(images, device):
@@ -422,7 +422,7 @@ class DownBlock(Stack):
 class MidBlock(Stack):
     """(B, c_in, h, w) -> (B, c_out, h, w): `layers` ResBlocks with attention, and one without."""
 
-    def __init__(self, c_in, c_out, layers, t_dim=None, heads=4):  # in the autoencoders too
+    def __init__(self, c_in, c_out, layers, t_dim=None, heads=4):
         super().__init__(*res_blocks(c_in, c_out, layers, t_dim, heads))
         self.append(ResBlock(c_out, c_out, t_dim))
 
@@ -508,7 +508,7 @@ class VQVAE(nn.Module):
 
     def encode(self, x):
         """The continuous z_e (B, D, h, w), which is what stage 2 models."""
-        return self.encoder(x).float()  # float32 again: under autocast it is bf16 or fp16
+        return self.encoder(x).float()  # under autocast it is bf16 or fp16
 
     def decode(self, z):
         """(B, D, h, w) -> (B, C, H, W). Quantises first: small errors of stage 2 are gone then."""
@@ -676,7 +676,7 @@ class NoiseScheduler(nn.Module):
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)        # (T,), abar
         # float32 on the network's device for training; not in checkpoints, for T makes it
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
-        self.abar = alphas_cumprod.tolist() + [1.0]  # for the samplers; abar[-1] is t = -1
+        self.abar = alphas_cumprod.tolist() + [1.0]  # for the samplers; abar[-1]: t = -1
 
     def alpha_sigma(self, t):
         """sqrt(abar_t) and sqrt(1 - abar_t) of one step t, -1 .. T-1, as floats."""
@@ -690,7 +690,7 @@ class NoiseScheduler(nn.Module):
         """z0, eps (B, D, h, w) and t (B,) -> z_t, and what the network should answer to it.
         DDPM Eq. 4: any t in one go."""
         abar = self.alphas_cumprod[t].view(-1, 1, 1, 1)               # (B, 1, 1, 1)
-        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()  # so z_t keeps the variance 1 of z0
+        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()  # z_t keeps the variance 1 of z0
         p, q = self.target_weights(alpha, sigma)
         return alpha * z0 + sigma * eps, p * z0 + q * eps
 
@@ -724,7 +724,7 @@ class NoiseScheduler(nn.Module):
     def dpm_step(self, z0, z_t, t, t_next, before=None):
         """DPM-Solver++(2M), Algorithm 2: DDIM, but with z0 extrapolated to the middle of the step,
         along lambda = log(alpha / sigma). before: (t, z0) of the step before, None in the first."""
-        if before is not None and t_next >= 0:  # at t = -1 lambda is infinite: plain DDIM
+        if before is not None and t_next >= 0:  # at t = -1 lambda is infinite: DDIM
             t_before, z0_before = before
             h = self.log_alpha_sigma(t_next) - self.log_alpha_sigma(t)
             h_before = self.log_alpha_sigma(t) - self.log_alpha_sigma(t_before)
@@ -760,7 +760,7 @@ class UNet(nn.Module):
             self.down_blocks.append(DownBlock(c_in, c_out, layers, t_dim, 4, half))
         self.mid = MidBlock(widths[-1], widths[-2], layers, t_dim)  # 512 -> 384
 
-        self.up_blocks = nn.ModuleList()  # narrower than on the way down, which is cheaper
+        self.up_blocks = nn.ModuleList()  # narrower than the way down: cheaper
         up_widths = [*widths[-2::-1], c]  # 384 256 192 192
         for c_in, c_out, half in zip(up_widths, up_widths[1:], halves[::-1]):
             self.up_blocks.append(UpBlock(c_in, c_out, layers, t_dim, 4, half, c_skip=c_in))
@@ -1006,7 +1006,7 @@ def learning_rate(cfg, step):
 def optimise(scaler, optimiser, net, lr):
     """One step on the gradients at hand; their norm is held below 1."""
     optimiser.param_groups[0]["lr"] = lr
-    scaler.unscale_(optimiser)  # undoes the scaling of fp16: clipping needs the true norm
+    scaler.unscale_(optimiser)  # undoes fp16's scaling: clipping needs the norm
     nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     scaler.step(optimiser)  # with fp16: not if a gradient overflowed
     optimiser.zero_grad()
@@ -1091,7 +1091,7 @@ def train_ae(cfg):
     compile_network(ae, cfg, device)
 
     for step in run.steps():
-        torch.manual_seed(cfg.seed * 1_000_003 + step)  # resumed or not: the same numbers
+        torch.manual_seed(cfg.seed * 1_000_003 + step)  # resumed or not: same numbers
         lr = learning_rate(cfg, step)
         adversarial = cfg.gan_weight > 0 and step > cfg.disc_start
         if cfg.ae == "vq" and step % 100 == 1:  # codes that the last 100 did not use
@@ -1108,7 +1108,7 @@ def train_ae(cfg):
                 if lpips is not None:
                     terms["perceptual"] = lpips(x_rec, x).mean()
                 if adversarial:
-                    disc.requires_grad_(False)  # gradients go through it, none stay in it
+                    disc.requires_grad_(False)  # gradients go through, none stay
                     terms["gan"] = generator_loss(cfg.gan, disc(x_rec))
                     disc.requires_grad_(True)  # for (2); this graph is made
                     # rises over 1000 steps: a critic that knows nothing yet would only do harm
@@ -1187,7 +1187,7 @@ def train_ldm(cfg):
 
     torch.manual_seed(cfg.seed)
     ldm = place(LatentDiffusion(cfg, ae_cfg, ae), device).requires_grad_(False)
-    unet = copy.deepcopy(ldm.unet).requires_grad_(True)  # is trained; ldm has its average
+    unet = copy.deepcopy(ldm.unet).requires_grad_(True)  # trained; ldm has its average
     opt = torch.optim.Adam(unet.parameters(), betas=(0.9, 0.99), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(cfg, "ldm", dict(net=unet, ldm=ldm, opt=opt, scaler=scaler))
@@ -1199,7 +1199,7 @@ def train_ldm(cfg):
     compile_network(unet, cfg, device)
 
     for step in run.steps():
-        torch.manual_seed(cfg.seed * 1_000_003 + step)  # resumed or not: the same numbers
+        torch.manual_seed(cfg.seed * 1_000_003 + step)  # resumed or not: same numbers
         for _ in range(cfg.accum):  # gradients add up over these; one step follows
             z = z_all[torch.randint(len(z_all), (cfg.batch,), device=device)]
             z0 = ldm.normalise(z)                               # (B, D, h, w)
@@ -1245,7 +1245,7 @@ def sample(cfg):
     ldm = load_ldm(path, device)
     n = cfg.n or 16
     trace = [] if cfg.progress else None
-    with new_file(path.with_name("samples.png")) as file:  # opened before the work is done
+    with new_file(path.with_name("samples.png")) as file:  # opened before the work
         images = ldm.sample(n, cfg.seed, cfg.sampler, cfg.steps, cfg.batch, dtype, trace)
         image_grid(images, math.ceil(math.sqrt(n))).save(file, "PNG")
     if cfg.progress:
