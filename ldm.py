@@ -250,6 +250,10 @@ def decode_image(path, size, channels):
 def new_file(path):
     """A file to write under a temporary name, renamed at the end: it is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob("*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # another process may be faster
+            if time.time() - old.stat().st_mtime > 600:  # of a killed one: a living one writes on
+                old.unlink()
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(partial, "wb") as file:
@@ -887,7 +891,7 @@ class Run:
 
     def resume(self):
         """Goes on where the checkpoint ends, if there is one. Raises UserError if that was trained
-        with other settings, OSError (now, not after hours) if nothing can be written there."""
+        with other settings."""
         print(f"train-{self.stage}: {self.cfg}")
         if self.path.exists():
             ckpt = load_file(self.path, self.stage)
@@ -902,8 +906,6 @@ class Run:
             self.step = ckpt["step"]
             self.rows = ckpt["log"]
             print(f"going on after step {self.step}; --steps was {ckpt['config']['steps']}")
-        with new_file(self.path.with_suffix(".txt")) as file:
-            file.write(f"{self.cfg}\n".encode())
 
     def steps(self):
         """Yields the numbers of the steps to do, 1 .. cfg.steps. A stop may come after the body has
