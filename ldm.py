@@ -1015,8 +1015,8 @@ def optimise(scaler, optimiser, net, lr):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema = decay ema + (1 - decay) model: an average over the last 200 steps or so, better than
-    the weights of any one step; shorter at first, or the random start would stay in it for long."""
+    """ema = decay ema + (1 - decay) model: an average over the last 200 steps or so, which jitters
+    less than the weights; shorter at first, or the random start would stay in it for long."""
     decay = min(0.995, (1 + step) / (10 + step))
     # all weights in one go: a loop of lerp_ would add 8 % to a step of the UNet
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
