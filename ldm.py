@@ -11,18 +11,17 @@ arXiv 2112.10752) therefore splits it in two:
   python ldm.py train-ae  --data celebhq  # stage 1: VQVAE (or --ae kl) + LPIPS + PatchGAN
   python ldm.py train-ldm --data celebhq  # stage 2: UNet on the latents
   python ldm.py sample                    # new images from the newest run
-  python ldm.py eval                      # PSNR, LPIPS, codebook usage, Frechet distance
+  python ldm.py eval                      # PSNR, LPIPS, Frechet distance on held-out images
 
 Letters, the same in code and tests, mostly those of the papers:
-
   B batch   C image channels   H W image height, width   D latent channels   h w latent size
   K codebook size   T diffusion steps   x image in [-1, 1]   z latent   eps Gaussian noise
   z_e, z_q latent before, after quantising   z0 clean, z_t noisy latent   t step, 0 .. T-1
   N images   c channels inside a network, where x may be any features   sg[.] stops the gradient
   abar product of 1 - beta   alpha = sqrt(abar)   sigma = sqrt(1 - abar)
 
-The table of contents: grep "^# ----" ldm.py. To learn the subject, read sections 3 to 8, then the
-two training loops in 11 and 12; the rest is what any training program needs.
+To learn the subject, read sections 3 to 8, then the two training loops in 11 and 12; the rest is
+what any training program needs. The table of contents: grep "^# ----" ldm.py
 """
 import argparse
 import contextlib
@@ -63,29 +62,27 @@ class RunConfig:
     data_root: str = flag("data", "folder that holds the data sets and the image cache")
     out: str = flag(None, "run folder; if not given: runs/DATA")
     seed: int = flag(0, "seed of weights, batches and noise", low=0)
-    device: str = flag("auto", "auto: a GPU if any", "auto", "cuda", "mps", "cpu")
     amp: str = flag("auto", "auto: on CUDA bf16 or fp16", "auto", "bf16", "fp16", "off")
 
 @dataclass
 class TrainConfig(RunConfig):
     accum: int = flag(1, "batches whose gradients are averaged per optimiser step")
-    flip: bool = flag(True, "also train on mirrored images")
+    flip: bool = flag(True, "also train on mirrored images", False, True)
     layers: int = flag(2, "ResNet layers per block")
-    compile: bool = flag(True, "torch.compile on CUDA: a minute to start, then up to twice as fast")
-    log_every: int = flag(100, "steps between log lines")
+    compile: bool = flag(True, "torch.compile on CUDA: a slow start, then up to 2x", False, True)
     save_every: int = flag(1000, "steps between checkpoints, with pictures")
 
 @dataclass
 class AEConfig(TrainConfig):
     ae: str = flag("vq", "autoencoder: vq = VQVAE, kl = VAE", "vq", "kl")
-    batch: int = flag(16, "images at once on the device")
+    batch: int = flag(16, "images at once on the device", high=10 ** 5)
     steps: int = flag(9000, "optimiser steps in all")
     lr: float = flag(3e-4, "highest learning rate of Adam", low=1e-9)
     size: int = flag(256, "image side in pixels", low=16)
     channels: int = flag(3, "image channels: 3 colour, 1 grey", 1, 3)
     widths: tuple = flag((64, 64, 128, 256), "channels, image to latent, halving in between")
     z_channels: int = flag(4, "latent channels")
-    codebook_size: int = flag(8192, "vectors in the codebook (vq)")
+    codebook_size: int = flag(16384, "vectors in the codebook (vq)")
     recon: str = flag("l1", "reconstruction loss", "l1", "l2")
     codebook_weight: float = flag(1.0, "weight of the codebook loss (vq)", low=0)
     commit_weight: float = flag(0.25, "weight of the commitment loss (vq)", low=0)
@@ -98,7 +95,7 @@ class AEConfig(TrainConfig):
 
 @dataclass
 class LDMConfig(TrainConfig):
-    batch: int = flag(128, "latents at once on the device")
+    batch: int = flag(128, "latents at once on the device", high=10 ** 5)
     steps: int = flag(10000, "optimiser steps in all")
     lr: float = flag(4e-4, "highest learning rate of Adam", low=1e-9)
     widths: tuple = flag((192, 256, 384, 512), "UNet channels; a block in between")
@@ -111,17 +108,15 @@ class SampleConfig(RunConfig):
     data: str = flag(None, "data set whose run is taken; if not given: the newest under runs/")
     data_root: str = flag(None, "folder that holds the data sets; if not given: as in training")
     n: int = flag(0, "images; 0: 16 for sample, 2000 for eval", low=0)
-    batch: int = flag(64, "images at once on the device")
+    batch: int = flag(64, "images at once on the device", high=10 ** 5)
     sampler: str = flag("dpm", "DDPM, DDIM, DPM-Solver++(2M)", "ddpm", "ddim", "dpm")
     steps: int = flag(30, "denoising steps; ddpm wants all 1000", high=1000)
-    progress: bool = flag(False, "also write the denoising as a strip")
 
 PRESETS = {  # what differs from the defaults above
     ("toyfaces", AEConfig): dict(  # l2: l1 blurs the lips away
         size=32, widths=(16, 32, 32), layers=1, z_channels=3, codebook_size=512, recon="l2",
         perceptual_weight=0.0, gan_weight=0.0, batch=8, steps=3000, lr=2e-3, save_every=500),
-    ("toyfaces", LDMConfig): dict(
-        widths=(48, 64, 96), layers=1, batch=64, steps=1100, lr=2e-3, save_every=500),
+    ("toyfaces", LDMConfig): dict(widths=(48, 64, 96), layers=1, batch=64, steps=1100, lr=2e-3),
     ("mnist", AEConfig): dict(  # 28 can be halved twice, to 7
         size=28, channels=1, widths=(32, 64, 64), z_channels=3, codebook_size=256, flip=False,
         perceptual_weight=0.0, gan_weight=0.0, batch=128, steps=1000, lr=1e-3, compile=False),
@@ -140,45 +135,36 @@ def resolve(cls, given):
     """The defaults, then the data set's preset, then what is given, checked. Raises UserError."""
     data = given.get("data", cls.data)
     cfg = cls(**PRESETS.get((data, cls), {}) | given)
-    for f in fields(cls):
+    for f in [f for f in fields(cls) if f.metadata]:  # without metadata: no flag
         value, rule = getattr(cfg, f.name), f.metadata
-        if value is f.default:
-            continue
         if rule["choices"]:
             require(value in rule["choices"], f.name, value, f"give one of {rule['choices']}")
         elif f.type in (int, float):
             fine = type(value) in (int, f.type) and rule["low"] <= value <= rule["high"]
             require(fine, f.name, value, f"give {f.type.__name__}, {rule['low']} to {rule['high']}")
         else:
-            fine = type(value) in (f.type, list) and value != ""  # list: from argparse
-            require(fine, f.name, repr(value), f"give {rule['help']}")
-
+            require(value != "", f.name, "''", f"give {rule['help']}")
     if data and not cfg.out:
         cfg.out = str(Path("runs", Path(data).resolve().name))
     if issubclass(cls, TrainConfig):
-        out = Path(cfg.out).absolute()
-        there = next(folder for folder in (out, *out.parents) if folder.exists())
+        there = next(p for p in (Path(cfg.out), *Path(cfg.out).parents) if p.exists())
         fine = there.is_dir() and os.access(there, os.W_OK)
-        require(fine, "out", cfg.out, f"{there} is no folder that can be written to")
-        require(out != Path(data).absolute(), "out", cfg.out, "is the data folder: give another")
+        require(fine, "out", cfg.out, f"{there.absolute()} is no folder to write to")
         cfg.widths = tuple(cfg.widths)
         fine = len(cfg.widths) > 1 and all(c in range(4, 10000, 4) for c in cfg.widths)
         require(fine, "widths", cfg.widths, "give two or more multiples of 4 (there are 4 heads)")
     if cls is AEConfig:
-        unit = 2 ** (len(cfg.widths) - 1)
-        require(cfg.size % unit == 0, "size", cfg.size, f"--widths needs a multiple of {unit}")
+        require(cfg.size % 2 ** (len(cfg.widths) - 1) == 0, "size", cfg.size, "--widths halve it")
     return cfg
 
 def pick_device(cfg):
-    """The device, and the dtype of autocast (None: plain float32). Raises UserError."""
+    """The device, a GPU if there is one, and the dtype of autocast (None: plain float32)."""
     found = torch.accelerator.is_available()
-    best = torch.accelerator.current_accelerator().type if found else "cpu"
-    name = best if cfg.device == "auto" else cfg.device
-    require(name in (best, "cpu"), "device", name, "this PyTorch finds none here: try auto")
+    device = torch.accelerator.current_accelerator() if found else torch.device("cpu")
     amp = cfg.amp
-    if amp == "auto" and name == "cuda":  # before Ampere bf16 is merely emulated, and slow
+    if amp == "auto" and device.type == "cuda":  # before Ampere bf16 is merely emulated, and slow
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return torch.device(name), {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+    return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
@@ -195,7 +181,6 @@ def place(net, device):
 BACK = [(150, 205, 240), (250, 214, 150), (186, 230, 180), (240, 180, 190), (206, 190, 240)]
 SKIN = [(255, 224, 196), (240, 200, 160), (214, 160, 118), (160, 108, 72), (110, 72, 48)]
 HAIR = [(30, 26, 24), (104, 62, 32), (232, 196, 92), (190, 74, 36), (168, 168, 172), (84, 92, 200)]
-
 MOUTHS = [(0.28, 0.2, 0, 180), (0.28, 0.2, 180, 360), (0.28, 0.06, 0, 360), (0.15, 0.15, 0, 360)]
 
 def draw_face(index, size):
@@ -206,21 +191,20 @@ def draw_face(index, size):
     gap, eye = rng.uniform((0.22, 0.14), (0.28, 0.18))
     canvas = Image.new("RGB", (4 * size, 4 * size), BACK[rng.integers(5)])
 
-    def ellipse(x, y, rx, ry, colour, start=0, end=360):
+    def ellipse(colour, x, y, rx, ry, start=0, end=360):
         """Unit: half a side; (0, 0) is the middle, y is down. start, end: degrees of an arc."""
         corners = np.array([x - rx, y - ry, x + rx, y + ry])
         ImageDraw.Draw(canvas).chord(((corners + 1) * 2 * size).tolist(), start, end, colour)
 
     if rng.random() < 0.5:  # long hair
-        ellipse(x, y + 0.15, rx + 0.22, ry + 0.25, hair)
-    ellipse(0, 1.25, 0.85, 0.5, tuple(rng.integers(0, 200, 3).tolist()))  # shirt
-    ellipse(x, y, rx, ry, skin)
-    ellipse(x, y, rx + 0.07, ry + 0.1, hair, 205, 335)  # fringe
+        ellipse(hair, x, y + 0.15, rx + 0.22, ry + 0.25)
+    ellipse(tuple(rng.integers(0, 200, 3).tolist()), 0, 1.25, 0.85, 0.5)  # shirt
+    ellipse(skin, x, y, rx, ry)
+    ellipse(hair, x, y, rx + 0.07, ry + 0.1, 205, 335)  # fringe
     for side in (-gap, gap):
         for part, colour in ((1, "white"), (0.6, iris), (0.3, "black")):
-            ellipse(x + side, y, part * eye, part * 0.8 * eye, colour)
-    mouth_rx, mouth_ry, start, end = MOUTHS[rng.integers(4)]
-    ellipse(x, y + 0.38, mouth_rx, mouth_ry, (150, 40, 50), start, end)
+            ellipse(colour, x + side, y, part * eye, part * 0.8 * eye)
+    ellipse((150, 40, 50), x, y + 0.38, *MOUTHS[rng.integers(4)])
     return np.array(canvas.resize((size, size), Image.Resampling.BOX))
 
 def toyfaces(indices, size=32):
@@ -251,9 +235,8 @@ def new_file(path):
     """A file to write under a temporary name, renamed at the end: it is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob("*.tmp"):
-        with contextlib.suppress(FileNotFoundError):  # another process may be faster
-            if time.time() - old.stat().st_mtime > 600:  # of a killed one: a living one writes on
-                old.unlink()
+        if time.time() - old.stat().st_mtime > 600:  # of a killed process: a living one writes on
+            old.unlink(missing_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(partial, "wb") as file:
@@ -270,24 +253,20 @@ def fingerprint(*things):
     return digest.hexdigest()[:12]
 
 def load_folder(folder, size, channels, cache_folder):
-    """Decodes a folder once into a cache: uint8 (N, channels, size, size), shuffled, and a name for
-    this list of files. Unreadable pictures are named and skipped. Raises UserError if fewer than
-    three can be read."""
+    """uint8 (N, channels, size, size), shuffled, and a name for this list of files. Decodes once,
+    into a cache. Names and skips unreadable pictures; UserError if fewer than three are left."""
     names = sorted(glob.glob("**/*", root_dir=folder, recursive=True))
     runs = {Path(name).parent for name in names if Path(name).name in ("ae.pt", "ldm.pt")}
     names = [name for name in names if Path(name).suffix.lower() in Image.registered_extensions()
              and runs.isdisjoint(Path(name).parents)  # what a run has written is no data
              and (folder / name).is_file()]
-    unique = {os.path.realpath(folder / name): name for name in names}  # links may double some
-    names = sorted(unique.values())
-    require(len(names) > 2, "data", folder, f"has {len(names)} pictures, and three are the least; "
-            "none in or below a folder with an ae.pt or ldm.pt counts")
-    sizes = [os.path.getsize(folder / name) for name in names]
-    times = [os.path.getmtime(folder / name) for name in names]
-    pictures = f"{len(names)} files, {fingerprint(names, sizes)}"  # no times: a copy has others
-    cache = cache_folder / f"{fingerprint(pictures, times)}-{size}x{size}x{channels}.uint8"
+    names = sorted({os.path.realpath(folder / name): name for name in names}.values())  # no twins
+    require(len(names) > 2, "data", folder, f"has {len(names)} pictures (a run's do not count)")
+    stats = [(folder / name).stat() for name in names]
+    pictures = f"{len(names)} files, {fingerprint(names, [s.st_size for s in stats])}"
+    name = fingerprint(pictures, [s.st_mtime for s in stats])  # of a copy, pictures is the same
+    cache = cache_folder / f"{name}-{size}x{size}x{channels}.uint8"
     least = 3 * size * size * channels  # bytes: one picture to train on, two held out
-
     def decode(name):
         try:
             return decode_image(folder / name, size, channels).tobytes()
@@ -307,35 +286,29 @@ def load_folder(folder, size, channels, cache_folder):
     return images, pictures
 
 def load_images(cfg):
-    """(training images, held-out images) of an AEConfig, each uint8 (N, channels, size, size).
-    Held out: MNIST's test set, the last 1024 toy faces, a tenth of a folder but at most 1000.
-    Notes in cfg.pictures what they are. Raises UserError if there are none, or if others are noted
-    there: then training and held-out images would mix."""
+    """(training images, held-out images), uint8; held out is a tenth, 1000 at most. Notes in
+    cfg.pictures what they are. Raises UserError if others are noted there: the two would mix."""
     root = Path(cfg.data_root).absolute()
     cfg.data_root = str(root)  # so that `eval` finds it from any folder
     pictures = cfg.data  # the name of a built-in set says all
-    if cfg.data not in ("toyfaces", "mnist"):
+    if cfg.data == "toyfaces":
+        images = toyfaces(range(10000), cfg.size)
+    elif cfg.data == "mnist":
+        try:
+            digits = datasets.MNIST(root, download=True).data  # the 60,000; its test set is yours
+        except Exception as error:  # no internet, or broken files
+            raise UserError(f"mnist: put its 4 files into {root}/MNIST/raw ({error})") from error
+        images = TF.resize(digits[:, None], [cfg.size, cfg.size])
+    else:
         folder = root / "celebhq" if cfg.data == "celebhq" else Path(cfg.data).absolute()
         cfg.data = cfg.data if cfg.data == "celebhq" else str(folder)
         require(folder.is_dir(), "data", cfg.data, f"{folder} is no folder of pictures")
         images, pictures = load_folder(folder, cfg.size, cfg.channels, root / "cache")
-        held = min(1000, max(2, len(images) // 10))  # load_folder has shuffled
+    require(images.shape[1] == cfg.channels, "channels", cfg.channels, f"{cfg.data} has others")
     require(cfg.pictures in ("", pictures), "data", cfg.data, f"{pictures}, but the run was "
             f"trained on {cfg.pictures}: give that again, or another --out")
     cfg.pictures = pictures
-
-    if cfg.data == "toyfaces":
-        images = toyfaces(range(9216), cfg.size)
-        held = 1024
-    elif cfg.data == "mnist":
-        try:
-            digits = [datasets.MNIST(root, train, download=True).data for train in (True, False)]
-        except Exception as error:  # no internet, or broken files
-            raise UserError(f"--data mnist: put its four files, unzipped, into {root}/MNIST/raw "
-                            f"({error})") from error
-        images = TF.resize(torch.cat(digits)[:, None], [cfg.size, cfg.size])
-        held = len(digits[1])
-    require(images.shape[1] == cfg.channels, "channels", cfg.channels, f"{cfg.data} has others")
+    held = min(1000, max(2, len(images) // 10))  # load_folder has shuffled
     return images[:-held], images[-held:]
 
 def to_float(images, device):
@@ -344,13 +317,11 @@ def to_float(images, device):
 
 
 # ---- 3. Blocks: one set for the encoder, the decoder and the UNet -------------------------------
-# ResNet block and attention as in DDPM (Ho et al. 2020, arXiv 2006.11239, appendix B). Time
-# embedding, attention, skip and resampling are arguments. Each block needs those above it, and the
-# networks of sections 4 and 8 need all of them.
+# ResNet block and attention as in DDPM (Ho et al. 2020, arXiv 2006.11239, appendix B). Each block
+# needs those above it, and the networks of sections 4 and 8 need all of them.
 
 def group_norm(c):
-    """Brings each group of channels to mean 0, variance 1. DDPM's code has 32 groups, here there
-    may be fewer, of 4 channels or more: in a group of one a flat channel would become 0."""
+    """Mean 0, variance 1 per group of channels: 32 groups as in DDPM's code, or of 4 channels."""
     return nn.GroupNorm(math.gcd(32, c // 4), c)  # c: a multiple of 4
 
 def norm_silu_conv(c_in, c_out, bias=True):
@@ -365,7 +336,6 @@ def sinusoids(t, dim):
 
 class Attention(nn.Module):
     """(B, c, h, w) -> the same shape: every position looks at every other one; residual."""
-
     def __init__(self, c, heads):
         super().__init__()
         self.heads = heads
@@ -386,7 +356,6 @@ class Attention(nn.Module):
 class ResBlock(nn.Module):
     """(B, c_in, H, W) -> (B, c_out, H, W): two convolutions and a way around them, then attention
     if heads > 0. t_dim: the width of a time embedding (B, t_dim), if there is one."""
-
     def __init__(self, c_in, c_out, t_dim=None, heads=0):
         super().__init__()
         self.conv1 = norm_silu_conv(c_in, c_out, bias=False)  # norms bring the biases
@@ -404,7 +373,6 @@ class ResBlock(nn.Module):
 
 class Stack(nn.Sequential):
     """Layers in a row, of which the ResBlocks get the time embedding too."""
-
     def forward(self, x, t_emb=None):
         for layer in self:
             x = layer(x, t_emb) if isinstance(layer, ResBlock) else layer(x)
@@ -417,7 +385,6 @@ def res_blocks(c_in, c_out, n, t_dim, heads):
 
 class DownBlock(Stack):
     """(B, c_in, H, W) -> (B, c_out, H/2, W/2), or with down=False (B, c_out, H, W)."""
-
     def __init__(self, c_in, c_out, layers, t_dim=None, heads=0, down=True):
         super().__init__(*res_blocks(c_in, c_out, layers, t_dim, heads))
         if down:
@@ -425,7 +392,6 @@ class DownBlock(Stack):
 
 class MidBlock(Stack):
     """(B, c_in, h, w) -> (B, c_out, h, w): `layers` ResBlocks with attention, and one without."""
-
     def __init__(self, c_in, c_out, layers, t_dim=None, heads=4):
         super().__init__(*res_blocks(c_in, c_out, layers, t_dim, heads))
         self.append(ResBlock(c_out, c_out, t_dim))
@@ -433,13 +399,11 @@ class MidBlock(Stack):
 class UpBlock(nn.Module):
     """(B, c_in, h, w) -> (B, c_out, 2h, 2w), or with up=False (B, c_out, h, w). A skip, which
     forward takes if c_skip > 0, is (B, c_skip, 2h, 2w)."""
-
     def __init__(self, c_in, c_out, layers, t_dim=None, heads=0, up=True, c_skip=0):
         super().__init__()
-        self.up = nn.Identity()
-        if up:  # nearest + conv: transposed convolutions would leave checkerboards
-            conv = nn.Conv2d(c_in, c_in, 3, padding=1)
-            self.up = nn.Sequential(nn.Upsample(scale_factor=2), conv)
+        # nearest + conv: transposed convolutions would leave checkerboards
+        conv = nn.Conv2d(c_in, c_in, 3, padding=1)
+        self.up = nn.Sequential(nn.Upsample(scale_factor=2), conv) if up else nn.Identity()
         self.layers = Stack(*res_blocks(c_in + c_skip, c_out, layers, t_dim, heads))
 
     def forward(self, x, t_emb=None, skip=None):
@@ -480,7 +444,6 @@ def build_decoder(channels, widths, layers, z_channels):
 class VQVAE(nn.Module):
     """Autoencoder that replaces each latent vector by the nearest of K codebook vectors.
     Call restart_codes(z_e) before the first step and every hundred steps."""
-
     def __init__(self, channels, widths, layers, z_channels, codebook_size):
         super().__init__()
         self.encoder = build_encoder(channels, widths, layers, z_channels)
@@ -497,14 +460,11 @@ class VQVAE(nn.Module):
         return self.codebook(indices).movedim(-1, 1), indices
 
     def forward(self, x):
-        """x (B, C, H, W) in [-1, 1] -> reconstruction, {name: loss term}; Eq. 3. The two terms have
-        one value, but codebook = |sg[z_e] - e|^2 pulls the codes, commit = |z_e - sg[e]|^2 the
-        encoder."""
+        """x (B, C, H, W) in [-1, 1] -> reconstruction, {name: loss term}; Eq. 3. The two have one
+        value, but |sg[z_e] - e|^2 pulls the codes to the encoder, |z_e - sg[e]|^2 it to them."""
         z_e = self.encode(x)
         z_q, indices = self.quantise(z_e)
-        if self.training:
-            picks = indices.flatten()
-            self.usage.index_add_(0, picks, torch.ones_like(picks, dtype=torch.float32))
+        self.usage.index_add_(0, indices.flatten(), torch.ones_like(z_e[:, 0]).flatten())
         codebook = F.mse_loss(z_q, z_e.detach())
         commit = F.mse_loss(z_e, z_q.detach())
         z_st = z_e + (z_q - z_e).detach()  # straight-through: value of z_q, gradient as from z_e
@@ -521,8 +481,7 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def restart_codes(self, z_e):
-        """Moves the codes that nothing picked since the last call onto random outputs of the
-        encoder, where they will be picked; the first call moves all."""
+        """Moves codes that nothing picked since the last call, at first all, onto random z_e."""
         z = z_e.movedim(1, -1).flatten(0, 2)                    # (B*h*w, D)
         new = z[torch.randint(len(z), (len(self.usage),), device=z.device)]
         new = new + 0.01 * z.std() * torch.randn_like(new)  # no two alike
@@ -532,7 +491,6 @@ class VQVAE(nn.Module):
 
 class VAE(nn.Module):
     """Autoencoder whose latent values are Gaussians; a KL term pulls them, weakly, to N(0, 1)."""
-
     def __init__(self, channels, widths, layers, z_channels):
         super().__init__()
         self.encoder = build_encoder(channels, widths, layers, 2 * z_channels)  # mean and logvar
@@ -551,8 +509,7 @@ class VAE(nn.Module):
 
     def encode(self, x):
         """The mean of q(z | x), (B, D, h, w): at the usual KL weight its spread is tiny."""
-        mean, _ = self.encoder(x).float().chunk(2, dim=1)
-        return mean
+        return self.encoder(x).float().chunk(2, dim=1)[0]
 
     def decode(self, z):
         return self.decoder(z).float()                          # (B, C, H, W)
@@ -571,23 +528,20 @@ def build_autoencoder(cfg):
 
 class LPIPS(nn.Module):
     """Distance of two images as people see it: the `lpips` package with net="vgg", v0.1. Frozen.
-    weights: file of the five layers `lin`, which hold w^2 per channel. vgg: the `features.*`
-    weights of torchvision's VGG16, or None: from torch.hub's cache or its URL. Raises UserError if
-    one of the two cannot be had."""
-
+    weights: file of the five layers `lin`, which hold w^2 per channel. vgg: `features.*` weights
+    of a VGG16; None: torchvision's (ImageNet). Raises UserError if one of the two cannot be had."""
     def __init__(self, weights="lpips_weights.pth", vgg=None):
         super().__init__()
-        vgg16 = models.VGG16_Weights.IMAGENET1K_V1
         try:
             lins = torch.load(weights, map_location="cpu", weights_only=True)
             self.lins = nn.ParameterList(lins[f"lin{i}.model.1.weight"] for i in range(5))
-            vgg = vgg or vgg16.get_state_dict(check_hash=True, weights_only=True)
+            pretrained = models.VGG16_Weights.IMAGENET1K_V1
+            vgg = vgg or pretrained.get_state_dict(check_hash=True, weights_only=True)
         except Exception as error:  # no such file, a damaged one, no internet
-            raise UserError(f"LPIPS needs {weights}, and {vgg16.url}, or that file in "
-                            f"{torch.hub.get_dir()}/checkpoints ({error!r})") from error
+            raise UserError(f"LPIPS needs {weights}, and vgg16-397923af.pth of download.pytorch.org"
+                            f"/models in {torch.hub.get_dir()}/checkpoints ({error!r})") from error
         net = models.vgg.make_layers(models.vgg.cfgs["D"], batch_norm=False)  # D: VGG16
-        net.load_state_dict({name.removeprefix("features."): weight for name, weight in vgg.items()
-                             if name.startswith("features.")})
+        net.load_state_dict({k.removeprefix("features."): w for k, w in vgg.items() if "feat" in k})
         cuts = (0, 4, 9, 16, 23, 30)  # slices end with relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
         self.slices = nn.ModuleList(net[a:b] for a, b in zip(cuts, cuts[1:]))
         # ImageNet's mean and deviation per channel, for images in [-1, 1]
@@ -615,12 +569,10 @@ class LPIPS(nn.Module):
 
 
 # ---- 6. PatchGAN: a critic of patches (Isola et al. 2017, arXiv 1611.07004) ---------------------
-# The decoder also learns to fool it, which brings the fine texture that no distance asks for:
-# VQGAN (Esser et al. 2021, arXiv 2012.09841).
+# The decoder also learns to fool it, which brings fine texture: VQGAN (Esser et al. 2012.09841).
 
 class PatchGAN(nn.Module):
     """Images (B, C, H, W), at least 16x16 -> scores (B, 1, h', w'), one per patch; high is real."""
-
     def __init__(self, channels=3, c=64):
         super().__init__()
         self.net = nn.Sequential(  # 4, 2, 1: kernel, stride, padding, which halves H and W
@@ -646,10 +598,9 @@ def generator_loss(kind, fake):
     raise ValueError(f"no adversarial loss {kind!r}")
 
 def discriminator_loss(kind, real, fake):
-    """What the discriminator minimises, from scores of images and of reconstructions; halved by
-    custom (pix2pix)."""
+    """What the discriminator minimises, from scores of images and reconstructions."""
     if kind == "hinge":
-        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # no pull past 1
+        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # 2: as in pix2pix
     if kind == "lsgan":
         return ((real - 1).square().mean() + fake.square().mean()) / 2
     if kind == "bce":
@@ -669,7 +620,6 @@ class NoiseScheduler(nn.Module):
     end at t = -1, which has none. target: what the network predicts, eps, or v = alpha eps - sigma
     z0 (Salimans & Ho 2022, arXiv 2202.00512). Near t = T-1 eps is almost z_t, a trivial task; v is
     almost -z0, a real one."""
-
     def __init__(self, T=1000, target="v"):
         super().__init__()
         self.T = T
@@ -678,9 +628,10 @@ class NoiseScheduler(nn.Module):
         # linear in sqrt(beta); LDM's range for CelebA-HQ, meant for T = 1000
         betas = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, T, dtype=torch.float64) ** 2
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)        # (T,), abar
-        # float32 on the network's device for training; not in checkpoints, for T makes it
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
-        self.abar = alphas_cumprod.tolist() + [1.0]  # for the samplers; abar[-1]: t = -1
+        # the same as floats, for the samplers; the last ones are of t = -1, without noise
+        self.abar = alphas_cumprod.tolist() + [1.0]
+        self.log_snr = [0.5 * math.log(a / (1 - a)) for a in self.abar[:-1]] + [math.inf]
 
     def alpha_sigma(self, t):
         """sqrt(abar_t) and sqrt(1 - abar_t) of one step t, -1 .. T-1, as floats."""
@@ -691,8 +642,7 @@ class NoiseScheduler(nn.Module):
         return {"eps": (0, 1), "v": (-sigma, alpha)}[self.target]
 
     def add_noise(self, z0, eps, t):
-        """z0, eps (B, D, h, w) and t (B,) -> z_t, and what the network should answer to it.
-        DDPM Eq. 4: any t in one go."""
+        """z0, eps (B, D, h, w), t (B,) -> z_t, and what to predict; DDPM Eq. 4: any t in one go."""
         abar = self.alphas_cumprod[t].view(-1, 1, 1, 1)               # (B, 1, 1, 1)
         alpha, sigma = abar.sqrt(), (1 - abar).sqrt()  # z_t keeps the variance 1 of z0
         p, q = self.target_weights(alpha, sigma)
@@ -730,16 +680,11 @@ class NoiseScheduler(nn.Module):
         along lambda = log(alpha / sigma). before: (t, z0) of the step before, None in the first."""
         if before is not None and t_next >= 0:  # at t = -1 lambda is infinite: DDIM
             t_before, z0_before = before
-            h = self.log_alpha_sigma(t_next) - self.log_alpha_sigma(t)
-            h_before = self.log_alpha_sigma(t) - self.log_alpha_sigma(t_before)
+            h = self.log_snr[t_next] - self.log_snr[t]
+            h_before = self.log_snr[t] - self.log_snr[t_before]
             z0 = z0 + (z0 - z0_before) / h_before * h / 2  # its slope, for half a step
         alpha, sigma = self.alpha_sigma(t)
         return self.ddim_step(z0, (z_t - alpha * z0) / sigma, t_next)
-
-    def log_alpha_sigma(self, t):
-        """lambda, which rises from -4.4 at t = T-1 to 3.3 at t = 0."""
-        alpha, sigma = self.alpha_sigma(t)
-        return math.log(alpha / sigma)
 
 
 # ---- 8. UNet, and the latent diffusion model that ties sections 4, 7 and 8 together -------------
@@ -748,22 +693,18 @@ class NoiseScheduler(nn.Module):
 class UNet(nn.Module):
     """z_t (B, D, h, w), t (B,) -> prediction (B, D, h, w). The first `downs` of its len(widths) - 1
     blocks halve h and w. The comments are for widths 192 256 384 512, downs 3, h = w = 32."""
-
     def __init__(self, z_channels, widths, downs, layers):
         super().__init__()
         c = widths[0]
         t_dim = 4 * c  # as in DDPM's code
-        self.time = nn.Sequential(
-            nn.Linear(c, t_dim), nn.SiLU(),
-            nn.Linear(t_dim, t_dim), nn.SiLU())  # one for all ResBlocks
+        self.time = nn.Sequential(nn.Linear(c, t_dim), nn.SiLU(),
+                                  nn.Linear(t_dim, t_dim), nn.SiLU())  # one for all ResBlocks
         self.conv_in = nn.Conv2d(z_channels, c, 3, padding=1)
         halves = [i < downs for i in range(len(widths) - 1)]          # True True True
-
         self.down_blocks = nn.ModuleList()  # 192 -> 256 -> 384 -> 512
         for c_in, c_out, half in zip(widths, widths[1:], halves):
             self.down_blocks.append(DownBlock(c_in, c_out, layers, t_dim, 4, half))
         self.mid = MidBlock(widths[-1], widths[-2], layers, t_dim)  # 512 -> 384
-
         self.up_blocks = nn.ModuleList()  # narrower than the way down: cheaper
         up_widths = [*widths[-2::-1], c]  # 384 256 192 192
         for c_in, c_out, half in zip(up_widths, up_widths[1:], halves[::-1]):
@@ -785,8 +726,7 @@ class UNet(nn.Module):
 
 class LatentDiffusion(nn.Module):
     """What makes images: a UNet, a noise scheduler, an autoencoder, and the mean and std of its
-    latents. cfg: an LDMConfig, ae_cfg: the AEConfig of the autoencoder ae. Needs `autocast` too."""
-
+    latents. cfg: an LDMConfig, ae_cfg: the AEConfig of the autoencoder ae."""
     def __init__(self, cfg, ae_cfg, ae):
         super().__init__()
         D = ae_cfg.z_channels
@@ -802,9 +742,8 @@ class LatentDiffusion(nn.Module):
         self.register_buffer("std", torch.ones(1, D, 1, 1))
 
     def measure(self, z):
-        """Takes mean and std per channel from latents z (N, D, h, w). The noise schedule expects
-        variance 1: larger latents would show through at t = T-1, where sampling starts from noise;
-        smaller ones drown at once (arXiv 2112.10752, section G)."""
+        """Takes mean and std per channel from latents z (N, D, h, w). The schedule is for variance
+        1: larger ones would show through at t = T-1, smaller ones drown early (LDM, section G)."""
         std, mean = torch.std_mean(z.float(), (0, 2, 3), keepdim=True)
         self.mean.copy_(mean)
         self.std.copy_(std.clamp(min=1e-6))  # a channel may be flat
@@ -822,18 +761,16 @@ class LatentDiffusion(nn.Module):
         """Noise -> `n` images (n, C, H, W) in [-1, 1], on the CPU. Image i has a noise generator of
         its own: but for rounding, it does not depend on n or batch. `trace`, a list, gets (z_t,
         estimate of z0) of the first four, step by step. sampler: ddpm, ddim, dpm."""
-        if sampler not in ("ddpm", "ddim", "dpm"):
-            raise ValueError(f"no sampler {sampler!r}")
+        require(sampler in ("ddpm", "ddim", "dpm"), "sampler", sampler, "give ddpm, ddim or dpm")
         device = self.mean.device
-
         def draw_noise(generators):
             noise = [torch.randn(self.shape, generator=g) for g in generators]
             return torch.stack(noise).to(device)                # (batch, D, h, w)
 
+        generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(n)]
         images = []
         for i in range(0, n, batch):
-            seeds = range(seed * 1_000_003 + i, seed * 1_000_003 + min(i + batch, n))
-            own = [torch.Generator().manual_seed(s) for s in seeds]
+            own = generators[i:i + batch]
             z_t = draw_noise(own)
             before = None
             with autocast(device, dtype):
@@ -855,9 +792,8 @@ class LatentDiffusion(nn.Module):
 
 # ---- 9. Runs: a folder with checkpoints, a log, curves and pictures -----------------------------
 # A stopped run goes on with the same command: batches and noise depend on seed and step alone.
-
-MAY_CHANGE = ["out", "data", "data_root", "steps", "device", "amp", "compile", "log_every",
-              "save_every"]  # when a run goes on
+# What may differ then:
+MAY_CHANGE = ["out", "data", "data_root", "steps", "amp", "compile", "save_every"]
 
 def save_file(path, kind, content):
     buffer = io.BytesIO()  # torch.save to a file turns a full disk into a riddle
@@ -865,19 +801,21 @@ def save_file(path, kind, content):
     with new_file(path) as file:
         file.write(buffer.getbuffer())
 
+def save_picture(path, picture):
+    with new_file(path) as file:
+        picture.save(file, "PNG")
+
 def load_file(path, kind):
     """What save_file wrote. Raises UserError if it is missing, damaged or something else."""
     try:  # weights_only: executes nothing
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return content[f"{kind} of ldm.py 4"]
+        return torch.load(path, map_location="cpu", weights_only=True)[f"{kind} of ldm.py 4"]
     except Exception as error:  # whatever disks, zip files and unpicklers raise
-        raise UserError(f"{path.absolute()} is missing, damaged or of another version: train first "
-                        f"with the same --out, or delete it ({error!r:.90})") from error
+        message = f"{path.absolute()} is missing, damaged or outdated: train first, or delete it"
+        raise UserError(f"{message} ({error!r:.90})") from error
 
 class Run:
     """A training stage in its run folder: resumes, counts steps, logs, saves. parts: {name: module,
     optimiser or scaler}, what the checkpoint holds besides settings and log; "net" is trained."""
-
     stopping = None  # None: no loop is at work, False: one is, True: it shall end (on_signal)
 
     def __init__(self, cfg, stage, parts):
@@ -890,16 +828,15 @@ class Run:
         self.terms = {}  # {name: values since the last row}
 
     def resume(self):
-        """Goes on where the checkpoint ends, if there is one. Raises UserError if that was trained
-        with other settings."""
+        """Goes on after the checkpoint, if there is one. UserError if its settings were others."""
         print(f"train-{self.stage}: {self.cfg}")
         if self.path.exists():
             ckpt = load_file(self.path, self.stage)
             for name, now in reversed(asdict(self.cfg).items()):  # other data say most: first
                 then = ckpt["config"][name]
                 if name not in MAY_CHANGE and then != now:
-                    raise UserError(f"{self.path} was trained with {name} = {then}, not {now}: go "
-                                    "back to that, or give another --out to start anew")
+                    raise UserError(f"{self.path} was trained with {name} = {then}, not {now}; "
+                                    "another --out starts anew")
             for name, state in ckpt["parts"].items():
                 if state:  # a scaler that was off has none
                     self.parts[name].load_state_dict(state)
@@ -923,19 +860,17 @@ class Run:
         if stopped:
             raise KeyboardInterrupt  # main() makes exit code 130 of it
 
-    def due(self, every):
+    def due(self, every=100):
         """Whether an interval ends with this step; the last step ends all."""
         return self.step % every == 0 or self.last
 
     def add(self, terms):
         """Keeps loss terms on the device: reading them in each step would make it wait."""
-        for name, value in terms.items():
-            value = value.detach().clone()  # a CUDA graph's next replay overwrites its outputs
-            self.terms.setdefault(name, []).append(value)
+        for name, value in terms.items():  # clone: a CUDA graph's replay overwrites its outputs
+            self.terms.setdefault(name, []).append(value.detach().clone())
 
     def log(self, **more):
-        """A line on the screen and a row of the log, of loss terms the means since the last one.
-        Raises UserError if one is not finite, before that can get into a checkpoint."""
+        """A line on the screen and a row of the log. UserError, before a save, if not finite."""
         more["weight_norm"] = nn.utils.get_total_norm(self.parts["net"].parameters())
         means = {name: torch.stack(values).mean() for name, values in self.terms.items()}
         row = {name: float(value) for name, value in (means | more).items()}
@@ -943,12 +878,10 @@ class Run:
             raise UserError(f"not finite at step {self.step}, which is not saved: {row}. --amp off "
                             "goes on from the last save; a lower --lr needs a new --out")
 
-        batches = max(map(len, self.terms.values()))
-        pace = batches / (time.perf_counter() - self.start)  # per second
-        left = (self.cfg.steps - self.step) * self.cfg.accum / pace
-        print(f"{self.stage} {self.step}/{self.cfg.steps}  {pace * self.cfg.batch:.0f}/s  "
-              f"{left // 60:.0f}:{left % 60:02.0f} left ",
-              *[f"{name} {value:.4g}" for name, value in row.items()], flush=True)
+        pace = max(map(len, self.terms.values())) / (time.perf_counter() - self.start)  # batches/s
+        left = (self.cfg.steps - self.step) * self.cfg.accum / pace / 60
+        print(f"{self.stage} {self.step}/{self.cfg.steps}  {pace * self.cfg.batch:.0f}/s, "
+              f"{left:.1f} minutes left ", *[f"{k} {v:.4g}" for k, v in row.items()], flush=True)
         self.rows.append({"step": self.step} | row)
         self.terms = {}
         self.start = time.perf_counter()
@@ -958,28 +891,23 @@ class Run:
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         save_file(self.path, self.stage, dict(step=self.step, config=asdict(self.cfg),
                                               log=self.rows, parts=parts))
-        with new_file(self.path.parent / f"pictures/{self.stage}-{self.step:06d}.png") as file:
-            image_grid(picture, columns).save(file, "PNG")
-        with new_file(self.path.with_name(f"{self.stage}-curves.png")) as file:
-            draw_curves(self.rows).save(file, "PNG")
+        name = f"{self.stage}-{self.step:06d}.png"
+        save_picture(self.path.with_name("pictures") / name, image_grid(picture, columns))
+        save_picture(self.path.with_name(f"{self.stage}-curves.png"), draw_curves(self.rows))
         self.start = time.perf_counter()  # saving is not training time
 
 def draw_curves(rows):
-    """A small panel for each figure of the log, over the steps: a PIL picture."""
-    names = list(dict.fromkeys(name for row in rows for name in row))  # gan joins late
-    names.remove("step")
-    image = Image.new("RGB", (1200, 170 * math.ceil(len(names) / 4) + 1), "white")
+    """A panel for each figure of the log, over the steps: a PIL picture."""
+    names = dict.fromkeys(name for row in rows for name in row if name != "step")  # as a set
+    image = Image.new("RGB", (600, 120 * len(names)), "white")
     draw = ImageDraw.Draw(image)
     for i, name in enumerate(names):
-        left = i % 4 * 300 + 10
-        top = i // 4 * 170 + 24
         steps, values = np.array([(row["step"], row[name]) for row in rows if name in row]).T
         low, high = values.min(), values.max()
-        x = left + 280 * steps / steps.max()
-        y = top + 120 * (high - values) / max(high - low, 1e-12)
+        x = 600 * steps / steps.max()
+        y = 120 * i + 20 + 90 * (high - values) / max(high - low, 1e-12)
         draw.line(list(zip(x, y)), fill="#1f5fbf", width=2)
-        legend = f"{name}: {low:.4g} .. {high:.4g}, last {values[-1]:.4g}"
-        draw.text((left, top - 14), legend, "black")
+        draw.text((5, 120 * i + 4), f"{name} {low:.4g} .. {high:.4g}, now {values[-1]:.4g}", 0)
     return image
 
 def image_grid(images, columns):
@@ -999,8 +927,7 @@ def latent_picture(z, size):
 # One skeleton: draw a batch, loss under autocast, backward, optimise; now and then log and save.
 
 def learning_rate(cfg, step):
-    """Of step 1 .. cfg.steps: rises in the first 500 or fewer, stays, and falls to 0 over the
-    second half, where Adam settles down instead of jittering around a good point."""
+    """Rises for 500 steps or fewer, stays, and falls to 0 over the second half: Adam settles."""
     rise = step / min(500, 0.05 * cfg.steps)
     fall = (cfg.steps + 1 - step) / (0.5 * cfg.steps)
     return cfg.lr * min(1, rise, fall)
@@ -1024,7 +951,6 @@ def update_ema(ema, model, step):
 class OnePassGroupNorm(nn.GroupNorm):
     """nn.GroupNorm with var = E[x^2] - E[x]^2, so that x is read once, and without its copy to
     NCHW. Compiled, a step of the UNet takes 20 % less time (H100, bf16)."""
-
     def forward(self, x):
         x = x.float()  # the difference of two large numbers: bf16 has no digits to spare
         groups = (self.num_groups, -1)
@@ -1065,8 +991,7 @@ def draw_images(images, cfg, device):
     """A random batch (B, C, H, W) in [-1, 1], with cfg.flip half of it mirrored."""
     x = to_float(images[torch.randint(len(images), (cfg.batch,))], device)
     if cfg.flip:
-        mirrored = torch.rand(len(x), 1, 1, 1, device=device) < 0.5
-        x = torch.where(mirrored, x.flip(3), x)
+        x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
     return x
 
 def train_ae(cfg):
@@ -1074,7 +999,6 @@ def train_ae(cfg):
     device, dtype = pick_device(cfg)
     images, held = load_images(cfg)
     preview = to_float(held[:8], device)
-    lpips = None
     if cfg.perceptual_weight > 0:
         lpips = place(LPIPS(LPIPS_WEIGHTS), device)
         compile_network(lpips, cfg, device)
@@ -1084,11 +1008,10 @@ def train_ae(cfg):
     torch.manual_seed(cfg.seed)
     ae = place(build_autoencoder(cfg), device)
     disc = place(PatchGAN(cfg.channels), device)
-    ema = copy.deepcopy(ae).requires_grad_(False)  # the average of ae, which is what gets used
     opt = torch.optim.Adam(ae.parameters(), betas=(0.5, 0.9), fused=True)
     opt_d = torch.optim.Adam(disc.parameters(), betas=(0.5, 0.9), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16 underflows
-    run = Run(cfg, "ae", dict(net=ae, ema=ema, disc=disc, opt=opt, opt_d=opt_d, scaler=scaler))
+    run = Run(cfg, "ae", dict(net=ae, disc=disc, opt=opt, opt_d=opt_d, scaler=scaler))
     run.resume()
     compile_network(ae, cfg, device)
 
@@ -1107,7 +1030,7 @@ def train_ae(cfg):
             with autocast(device, dtype):
                 x_rec, terms = ae(x)
                 terms["recon"] = F.l1_loss(x_rec, x) if cfg.recon == "l1" else F.mse_loss(x_rec, x)
-                if lpips is not None:
+                if cfg.perceptual_weight > 0:
                     terms["perceptual"] = lpips(x_rec, x).mean()
                 if adversarial:
                     disc.requires_grad_(False)  # gradients go through, none stay
@@ -1131,12 +1054,11 @@ def train_ae(cfg):
         if adversarial:
             optimise(scaler, opt_d, disc, lr)
         scaler.update()  # fp16: a smaller scale after an overflow, at times a larger one
-        update_ema(ema, ae, step)
 
-        if run.due(cfg.log_every) or run.due(cfg.save_every):
+        if run.due() or run.due(cfg.save_every):
             with torch.no_grad(), autocast(device, dtype):
-                z = ema.encode(preview)
-                preview_rec = ema.decode(z).clamp(-1, 1)
+                z = ae.encode(preview)
+                preview_rec = ae.decode(z).clamp(-1, 1)
             more = {"held_psnr": psnr(preview_rec, preview).mean(), "z_std": z.std()}
             if cfg.ae == "vq":
                 more["codes_percent"], more["perplexity"] = codebook_use(ae.usage)
@@ -1150,12 +1072,11 @@ def train_ae(cfg):
 # The autoencoder is frozen, so each image is encoded once. The loss is DDPM Eq. 14, for v or eps.
 
 def load_autoencoder(path, device):
-    """The averaged autoencoder of a checkpoint ae.pt, frozen, and its settings. Raises UserError.
-    """
+    """The autoencoder of a checkpoint ae.pt, frozen, and its settings. Raises UserError."""
     ckpt = load_file(path, "ae")
     cfg = AEConfig(**ckpt["config"])
     ae = build_autoencoder(cfg)
-    ae.load_state_dict(ckpt["parts"]["ema"])
+    ae.load_state_dict(ckpt["parts"]["net"])
     return place(ae, device).eval().requires_grad_(False), cfg
 
 def load_latents(cfg, ae, images, device, dtype):
@@ -1183,9 +1104,6 @@ def train_ldm(cfg):
     images, _ = load_images(replace(ae_cfg, data=cfg.data, data_root=cfg.data_root))
     cfg.ae_weights = fingerprint(*ae.state_dict().values())
     cfg.ae = asdict(ae_cfg)
-    side = ae_cfg.size // 2 ** (len(ae_cfg.widths) - 1)
-    require(side <= 64, "out", cfg.out, f"its latents, {side}x{side}, are too large for attention: "
-            "at most 64x64, so give train-ae one more entry in --widths, or a smaller --size")
 
     torch.manual_seed(cfg.seed)
     ldm = place(LatentDiffusion(cfg, ae_cfg, ae), device).requires_grad_(False)
@@ -1195,8 +1113,7 @@ def train_ldm(cfg):
     run = Run(cfg, "ldm", dict(net=unet, ldm=ldm, opt=opt, scaler=scaler))
     run.resume()
     z_all = load_latents(cfg, ldm.ae, images, device, dtype)    # (N, D, h, w)
-    if run.step == 0:
-        ldm.measure(z_all)
+    ldm.measure(z_all)
     print(f"latents {tuple(z_all.shape)}, mean {ldm.mean.flatten()}, std {ldm.std.flatten()}")
     compile_network(unet, cfg, device)
 
@@ -1216,7 +1133,7 @@ def train_ldm(cfg):
         scaler.update()
         update_ema(ldm.unet, unet, step)
 
-        if run.due(cfg.log_every) or run.due(cfg.save_every):
+        if run.due() or run.due(cfg.save_every):
             run.log()
         if run.due(cfg.save_every):
             run.save(ldm.sample(16, cfg.seed, dtype=dtype))
@@ -1241,23 +1158,20 @@ def find_run(cfg, *stages):
     return max(found, key=os.path.getmtime)
 
 def sample(cfg):
-    """Writes samples.png into the run folder, and on request progress.png."""
+    """Writes samples.png, and the denoising of four of them, progress.png, into the run folder."""
     device, dtype = pick_device(cfg)
     path = find_run(cfg, "ldm")
     ldm = load_ldm(path, device)
     n = cfg.n or 16
-    trace = [] if cfg.progress else None
-    with new_file(path.with_name("samples.png")) as file:  # opened before the work
-        images = ldm.sample(n, cfg.seed, cfg.sampler, cfg.steps, cfg.batch, dtype, trace)
-        image_grid(images, math.ceil(math.sqrt(n))).save(file, "PNG")
-    if cfg.progress:
-        with new_file(path.with_name("progress.png")) as file:
-            image_grid(denoising_strip(trace, ldm), 3 * len(trace[0][0])).save(file, "PNG")
+    trace = []
+    images = ldm.sample(n, cfg.seed, cfg.sampler, cfg.steps, cfg.batch, dtype, trace)
+    strip = denoising_strip(trace, ldm)
+    save_picture(path.with_name("samples.png"), image_grid(images, math.ceil(math.sqrt(n))))
+    save_picture(path.with_name("progress.png"), image_grid(strip, len(strip) // 8))
     print(f"wrote {path.with_name('samples.png').absolute()}")
 
 def denoising_strip(trace, ldm):
-    """Eight rows of images, from noise to the last step: z_t of the first four samples, then the
-    same decoded, then the estimate of z0 decoded."""
+    """Eight rows, noise to image: z_t of four samples, z_t decoded, the estimate of z0 decoded."""
     rows = []
     for k in np.linspace(0, len(trace) - 1, 8).round().astype(int):
         z_t, z0 = trace[k]                                      # (4, D, h, w)
@@ -1289,24 +1203,17 @@ def evaluate(cfg):
     rows = []
     for batch in held.split(32):
         x = to_float(batch, device)
-        z = ae.encode(x)
-        x_rec = ae.decode(z).clamp(-1, 1)
-        rows.append((psnr(x_rec, x), lpips(x_rec, x), features(x), features(x_rec), z))
-    psnrs, distances, real, rebuilt, z = map(torch.cat, zip(*rows))
+        x_rec = ae.decode(ae.encode(x)).clamp(-1, 1)
+        rows.append((psnr(x_rec, x), lpips(x_rec, x), features(x), features(x_rec)))
+    psnrs, distances, real, rebuilt = map(torch.cat, zip(*rows))
     table = {"PSNR, dB": psnrs.mean(), "LPIPS": distances.mean(),
              "FD, reconstructions": frechet_distance(rebuilt, real)}
-    if ae_cfg.ae == "vq":
-        picks = torch.cat([ae.quantise(part)[1].flatten() for part in z.split(32)])
-        picks = picks.bincount(minlength=ae_cfg.codebook_size)
-        table["codes in use, %"], table["perplexity"] = codebook_use(picks)
     if ldm:
         n = max(2, cfg.n or 2000)  # one has no covariance
         fake = ldm.sample(n, cfg.seed, cfg.sampler, cfg.steps, cfg.batch, dtype)
         fake = torch.cat([features(part) for part in fake.split(32)])
         table[f"FD, {n} samples ({cfg.sampler}, {cfg.steps} steps)"] = frechet_distance(fake, real)
-
-    print(f"{path.absolute()} on {len(held)} held-out images, side {ae_cfg.size}. FD: Frechet "
-          "distance of VGG16 relu5_3 features, not the published Inception FID")
+    print(f"{path.absolute()}, {len(held)} held-out images; FD by VGG16, not Inception's FID")
     for name, value in table.items():
         print(f"  {name:42} {float(value):.4g}")
     return table
@@ -1318,7 +1225,7 @@ def demo(cfg):
     """Both stages and samples, by default on toy faces at a tiny size; these need no download."""
     train_ae(resolve(AEConfig, asdict(cfg)))
     train_ldm(resolve(LDMConfig, asdict(cfg)))
-    sample(resolve(SampleConfig, asdict(cfg) | {"n": 64, "progress": True}))
+    sample(resolve(SampleConfig, asdict(cfg) | {"n": 64}))
 
 COMMANDS = {  # name: (settings, function, help)
     "train-ae": (AEConfig, train_ae, "stage 1: train the autoencoder"),
@@ -1333,19 +1240,15 @@ def build_parser():
     subparsers = parser.add_subparsers(dest="command", required=True)
     special = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": int, "nargs": "+"}}
     for command, (cls, _, help) in COMMANDS.items():
-        sub = subparsers.add_parser(command, help=help)
+        sub = subparsers.add_parser(command, help=help, argument_default=argparse.SUPPRESS)
         for f in [f for f in fields(cls) if f.metadata]:
             kind = special.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
-            presets = {data: preset for (data, of), preset in PRESETS.items() if of is cls}
-            defaults = [f"default: {f.default}"]
-            defaults += [f"{data}: {p[f.name]}" for data, p in presets.items() if f.name in p]
-            sub.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
-                             help=f"{f.metadata['help']} ({'; '.join(defaults)})")
+            help = f"{f.metadata['help']} (default: {f.default})"
+            sub.add_argument("--" + f.name.replace("_", "-"), help=help, **kind)
     return parser
 
 def on_signal(*_):
-    """A run in training saves and ends after the next step; anything else, and at the second
-    signal that too, ends at once."""
+    """Training saves and ends a step later; anything else, or a second signal, ends at once."""
     if Run.stopping is not False:
         raise KeyboardInterrupt
     Run.stopping = True
@@ -1356,7 +1259,7 @@ def main(argv=None):
         if signal.getsignal(s) != signal.SIG_IGN:  # as under nohup
             signal.signal(s, on_signal)
     Run.stopping = None
-    given = vars(build_parser().parse_args(argv))  # only what was typed: argparse.SUPPRESS
+    given = vars(build_parser().parse_args(argv))  # only what was typed: SUPPRESS
     cls, command, _ = COMMANDS[given.pop("command")]
     try:
         command(resolve(cls, given))
@@ -1367,12 +1270,8 @@ def main(argv=None):
         message = error
     except OSError as error:
         message = f"{error}. No file is half written; is there room, and may one write there?"
-    except (MemoryError, RuntimeError) as error:
-        text = f"{type(error).__name__} {error}"
-        if not any(words in text for words in ("MemoryError", "out of memory", "allocate memory")):
-            raise  # a mistake of ours: its traceback is needed
-        message = ("out of memory: lower --batch or --codebook-size; a run that has a checkpoint "
-                   "needs a new --out for that")
+    except (MemoryError, torch.OutOfMemoryError):
+        message = "out of memory: lower --batch (a run that has a checkpoint needs a new --out)"
     print(f"ldm.py: error: {message}", file=sys.stderr)
     return 2
 
