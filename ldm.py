@@ -18,7 +18,7 @@ Letters, the same in code and tests, mostly those of the papers:
   K codebook size   T diffusion steps   x image in [-1, 1]   z latent   eps Gaussian noise
   z_e, z_q latent before, after quantising   z0 clean, z_t noisy latent   t step, 0 .. T-1
   N images   c channels inside a network, where x may be any features   sg[.] stops the gradient
-  abar product of 1 - beta   alpha = sqrt(abar)   sigma = sqrt(1 - abar)
+  abar product of 1 - beta   alpha = sqrt(abar), not DDPM's 1 - beta   sigma = sqrt(1 - abar)
 
 To learn the subject, read sections 3 to 8, then the two training loops in 11 and 12; the rest is
 what any training program needs. The table of contents: grep "^# ----" ldm.py
@@ -91,17 +91,17 @@ class AEConfig(TrainConfig):
     gan_weight: float = flag(0.05, "weight of the GAN loss; 0: off", low=0)
     gan: str = flag("hinge", "adversarial loss", "bce", "lsgan", "hinge")
     disc_start: int = flag(2500, "steps before the adversarial loss joins in", low=0)
-    pictures: str = ""  # no flag: load_images says here what it found
+    data_name: str = ""  # no flag: load_images notes what it found. The last field: see resume
 
 @dataclass
 class LDMConfig(TrainConfig):
     batch: int = flag(128, "latents at once on the device", high=10 ** 5)
     steps: int = flag(10000, "optimiser steps in all")
     lr: float = flag(4e-4, "highest learning rate of Adam", low=1e-9)
-    widths: tuple = flag((192, 256, 384, 512), "UNet channels; a block in between")
+    widths: tuple = flag((192, 256, 384, 512), "UNet channels, outside to inside")
     target: str = flag("v", "what the UNet predicts", "eps", "v")
-    ae: dict = field(default=None, repr=False)  # no flags: train_ldm keeps here the settings of
-    ae_weights: str = ""  # the autoencoder, and a fingerprint of its weights
+    ae_settings: dict = field(default=None, repr=False)  # no flag: those of the autoencoder,
+    ae_fingerprint: str = ""  # and of its weights: train_ldm notes both
 
 @dataclass
 class SampleConfig(RunConfig):
@@ -113,7 +113,7 @@ class SampleConfig(RunConfig):
     steps: int = flag(30, "denoising steps; ddpm wants all 1000", high=1000)
 
 PRESETS = {  # what differs from the defaults above
-    ("toyfaces", AEConfig): dict(  # l2: l1 blurs the lips away
+    ("toyfaces", AEConfig): dict(  # l2: with l1, a median, lips vanish
         size=32, widths=(16, 32, 32), layers=1, z_channels=3, codebook_size=512, recon="l2",
         perceptual_weight=0.0, gan_weight=0.0, batch=8, steps=3000, lr=2e-3, save_every=500),
     ("toyfaces", LDMConfig): dict(widths=(48, 64, 96), layers=1, batch=64, steps=1100, lr=2e-3),
@@ -154,7 +154,7 @@ def resolve(cls, given):
         fine = len(cfg.widths) > 1 and all(c in range(4, 10000, 4) for c in cfg.widths)
         require(fine, "widths", cfg.widths, "give two or more multiples of 4 (there are 4 heads)")
     if cls is AEConfig:
-        require(cfg.size % 2 ** (len(cfg.widths) - 1) == 0, "size", cfg.size, "--widths halve it")
+        require(cfg.size % 2 ** (len(cfg.widths) - 1) == 0, "size", cfg.size, "cannot be halved")
     return cfg
 
 def pick_device(cfg):
@@ -176,7 +176,7 @@ def place(net, device):
 
 
 # ---- 2. Data: everything becomes one uint8 tensor (N, C, H, W) ----------------------------------
-# Decoded once, cropped to a square, cached; a part is held out from training for `eval`.
+# Folders are decoded once, to squares, and cached; a part is held out from training for `eval`.
 
 BACK = [(150, 205, 240), (250, 214, 150), (186, 230, 180), (240, 180, 190), (206, 190, 240)]
 SKIN = [(255, 224, 196), (240, 200, 160), (214, 160, 118), (160, 108, 72), (110, 72, 48)]
@@ -234,8 +234,8 @@ def decode_image(path, size, channels):
 def new_file(path):
     """A file to write under a temporary name, renamed at the end: it is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob("*.tmp"):
-        if time.time() - old.stat().st_mtime > 600:  # of a killed process: a living one writes on
+    for old in path.parent.glob("*.[0-9]*.tmp"):
+        if time.time() - old.stat().st_mtime > 600:  # a killed process left it; a living one writes
             old.unlink(missing_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -254,18 +254,18 @@ def fingerprint(*things):
 
 def load_folder(folder, size, channels, cache_folder):
     """uint8 (N, channels, size, size), shuffled, and a name for this list of files. Decodes once,
-    into a cache. Names and skips unreadable pictures; UserError if fewer than three are left."""
+    into a cache. Prints and skips unreadable pictures; UserError if fewer than three are left."""
     names = sorted(glob.glob("**/*", root_dir=folder, recursive=True))
     runs = {Path(name).parent for name in names if Path(name).name in ("ae.pt", "ldm.pt")}
     names = [name for name in names if Path(name).suffix.lower() in Image.registered_extensions()
              and runs.isdisjoint(Path(name).parents)  # what a run has written is no data
              and (folder / name).is_file()]
-    names = sorted({os.path.realpath(folder / name): name for name in names}.values())  # no twins
+    names = sorted({os.path.realpath(folder / name): name for name in names}.values())  # links
     require(len(names) > 2, "data", folder, f"has {len(names)} pictures (a run's do not count)")
     stats = [(folder / name).stat() for name in names]
-    pictures = f"{len(names)} files, {fingerprint(names, [s.st_size for s in stats])}"
-    name = fingerprint(pictures, [s.st_mtime for s in stats])  # of a copy, pictures is the same
-    cache = cache_folder / f"{name}-{size}x{size}x{channels}.uint8"
+    data_name = f"{len(names)} files, {fingerprint(names, [s.st_size for s in stats])}"
+    version = fingerprint(data_name, [s.st_mtime for s in stats])  # a copied folder has new times
+    cache = cache_folder / f"{version}-{size}x{size}x{channels}.uint8"
     least = 3 * size * size * channels  # bytes: one picture to train on, two held out
     def decode(name):
         try:
@@ -283,14 +283,14 @@ def load_folder(folder, size, channels, cache_folder):
     images = torch.from_file(str(cache), size=cache.stat().st_size, dtype=torch.uint8)  # mapped
     images = images.view(-1, size, size, channels).permute(0, 3, 1, 2)  # (N, C, H, W)
     print(f"{folder}: {len(images)} pictures, {len(names) - len(images)} more are unreadable")
-    return images, pictures
+    return images, data_name
 
 def load_images(cfg):
-    """(training images, held-out images), uint8; held out is a tenth, 1000 at most. Notes in
-    cfg.pictures what they are. Raises UserError if others are noted there: the two would mix."""
+    """(training images, held-out images), uint8; held out is a tenth, 1000 at most. Makes paths in
+    cfg absolute, notes cfg.data_name; UserError if another is noted: the two parts would mix."""
     root = Path(cfg.data_root).absolute()
     cfg.data_root = str(root)  # so that `eval` finds it from any folder
-    pictures = cfg.data  # the name of a built-in set says all
+    data_name = cfg.data  # the name of a built-in set says all
     if cfg.data == "toyfaces":
         images = toyfaces(range(10000), cfg.size)
     elif cfg.data == "mnist":
@@ -303,11 +303,11 @@ def load_images(cfg):
         folder = root / "celebhq" if cfg.data == "celebhq" else Path(cfg.data).absolute()
         cfg.data = cfg.data if cfg.data == "celebhq" else str(folder)
         require(folder.is_dir(), "data", cfg.data, f"{folder} is no folder of pictures")
-        images, pictures = load_folder(folder, cfg.size, cfg.channels, root / "cache")
+        images, data_name = load_folder(folder, cfg.size, cfg.channels, root / "cache")
     require(images.shape[1] == cfg.channels, "channels", cfg.channels, f"{cfg.data} has others")
-    require(cfg.pictures in ("", pictures), "data", cfg.data, f"{pictures}, but the run was "
-            f"trained on {cfg.pictures}: give that again, or another --out")
-    cfg.pictures = pictures
+    require(cfg.data_name in ("", data_name), "data", cfg.data, f"{data_name}, but the run was "
+            f"trained on {cfg.data_name}: give that again, or another --out")
+    cfg.data_name = data_name
     held = min(1000, max(2, len(images) // 10))  # load_folder has shuffled
     return images[:-held], images[-held:]
 
@@ -317,11 +317,11 @@ def to_float(images, device):
 
 
 # ---- 3. Blocks: one set for the encoder, the decoder and the UNet -------------------------------
-# ResNet block and attention as in DDPM (Ho et al. 2020, arXiv 2006.11239, appendix B). Each block
-# needs those above it, and the networks of sections 4 and 8 need all of them.
+# After DDPM (Ho et al. 2020, arXiv 2006.11239, appendix B), with four heads of attention. Each is
+# built from those above it; sinusoids are for the UNet alone.
 
 def group_norm(c):
-    """Mean 0, variance 1 per group of channels: 32 groups as in DDPM's code, or of 4 channels."""
+    """Mean 0, variance 1 per group of channels: at most 32 groups, of at least 4 channels."""
     return nn.GroupNorm(math.gcd(32, c // 4), c)  # c: a multiple of 4
 
 def norm_silu_conv(c_in, c_out, bias=True):
@@ -348,28 +348,28 @@ class Attention(nn.Module):
         B, c, h, w = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)        # (B, h*w, c)
         qkv = self.qkv(tokens).unflatten(2, (3 * self.heads, -1))  # (B, h*w, 3*heads, c/heads)
-        q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)           # (B, heads, h*w, c/heads)
+        q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)  # (B, heads, h*w, c/heads)
         out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(c/heads)) v
         out = self.proj(out.transpose(1, 2).flatten(2))         # (B, h*w, c)
         return x + out.transpose(1, 2).unflatten(2, (h, w))
 
 class ResBlock(nn.Module):
-    """(B, c_in, H, W) -> (B, c_out, H, W): two convolutions and a way around them, then attention
+    """(B, c_in, H, W) -> (B, c_out, H, W): two convolutions and a shortcut around them, attention
     if heads > 0. t_dim: the width of a time embedding (B, t_dim), if there is one."""
     def __init__(self, c_in, c_out, t_dim=None, heads=0):
         super().__init__()
-        self.conv1 = norm_silu_conv(c_in, c_out, bias=False)  # norms bring the biases
+        self.conv1 = norm_silu_conv(c_in, c_out, bias=False)  # the next norm has one
         self.conv2 = norm_silu_conv(c_out, c_out, bias=False)
         self.time = nn.Linear(t_dim, c_out) if t_dim else None
-        self.skip = nn.Conv2d(c_in, c_out, 1, bias=False) if c_in != c_out else nn.Identity()
+        self.shortcut = nn.Conv2d(c_in, c_out, 1, bias=False) if c_in != c_out else nn.Identity()
         self.attention = Attention(c_out, heads) if heads > 0 else nn.Identity()
-        nn.init.zeros_(self.conv2[-1].weight)  # starts as the way around alone: gradients pass
+        nn.init.zeros_(self.conv2[-1].weight)  # starts as the shortcut alone: gradients pass
 
     def forward(self, x, t_emb=None):
         h = self.conv1(x)                                       # (B, c_out, H, W)
         if self.time is not None:  # t decides a shift per channel
             h = h + self.time(t_emb)[:, :, None, None]
-        return self.attention(self.skip(x) + self.conv2(h))
+        return self.attention(self.shortcut(x) + self.conv2(h))
 
 class Stack(nn.Sequential):
     """Layers in a row, of which the ResBlocks get the time embedding too."""
@@ -404,21 +404,21 @@ class UpBlock(nn.Module):
         # nearest + conv: transposed convolutions would leave checkerboards
         conv = nn.Conv2d(c_in, c_in, 3, padding=1)
         self.up = nn.Sequential(nn.Upsample(scale_factor=2), conv) if up else nn.Identity()
-        self.layers = Stack(*res_blocks(c_in + c_skip, c_out, layers, t_dim, heads))
+        self.blocks = Stack(*res_blocks(c_in + c_skip, c_out, layers, t_dim, heads))
 
     def forward(self, x, t_emb=None, skip=None):
         x = self.up(x)                                          # (B, c_in, 2h, 2w)
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
-        return self.layers(x, t_emb)
+        return self.blocks(x, t_emb)
 
 
 # ---- 4. Autoencoders: VQVAE and VAE differ only in what happens to the latent -------------------
 # Both keep z easy to model in stage 2. VQVAE (van den Oord et al. 2017, arXiv 1711.00937): the
-# decoder sees only K different vectors, so z_e gathers around them; argmin has no gradient, hence
-# the straight-through trick. VAE (Kingma & Welling 2013, 1312.6114): noise of a learned size is
-# added to z, and a KL term stops the mean from outgrowing it: a smooth pull, z stays continuous;
-# the noise is drawn apart from its mean and size (reparameterised), so that gradients reach both.
+# decoder sees only K different vectors, and a commitment loss makes z_e gather around them; argmin
+# has no gradient, hence the straight-through trick. VAE (Kingma & Welling 2013, arXiv 1312.6114):
+# noise of a learned size is added to z, and a KL term keeps the mean from growing until the noise
+# no longer matters. z = mean + std eps (reparameterised), so that gradients reach mean and std.
 
 def build_encoder(channels, widths, layers, c_out):
     """Network: image (B, C, H, W) -> (B, c_out, h, w) with h = H / 2 ** (len(widths) - 1)."""
@@ -454,21 +454,21 @@ class VQVAE(nn.Module):
     def quantise(self, z_e):
         """z_e (B, D, h, w) -> z_q (B, D, h, w), nearest codes (Eq. 1-2), and indices (B, h, w)."""
         z = z_e.movedim(1, -1)                                  # (B, h, w, D)
-        # cdist stays in float32 under autocast: bf16 would mistake one code in four
+        # cdist stays in float32 under autocast: bf16 would mistake one code in four (measured)
         dist = torch.cdist(z.flatten(0, 2), self.codebook.weight)  # (B*h*w, K)
         indices = dist.argmin(dim=1).view(z.shape[:3])          # (B, h, w)
         return self.codebook(indices).movedim(-1, 1), indices
 
     def forward(self, x):
-        """x (B, C, H, W) in [-1, 1] -> reconstruction, {name: loss term}; Eq. 3. The two have one
-        value, but |sg[z_e] - e|^2 pulls the codes to the encoder, |z_e - sg[e]|^2 it to them."""
+        """x (B, C, H, W) in [-1, 1] -> reconstruction, {name: loss term}; Eq. 3, mean squares. Both
+        terms have the same value, but codebook moves the codes to z_e, commit moves z_e to them."""
         z_e = self.encode(x)
         z_q, indices = self.quantise(z_e)
-        self.usage.index_add_(0, indices.flatten(), torch.ones_like(z_e[:, 0]).flatten())
-        codebook = F.mse_loss(z_q, z_e.detach())
-        commit = F.mse_loss(z_e, z_q.detach())
+        self.usage.index_add_(0, indices.flatten(), torch.ones_like(z_e[:, 0]).flatten())  # += 1
+        codebook_loss = F.mse_loss(z_q, z_e.detach())
+        commit_loss = F.mse_loss(z_e, z_q.detach())
         z_st = z_e + (z_q - z_e).detach()  # straight-through: value of z_q, gradient as from z_e
-        return self.decoder(z_st).float(), {"codebook": codebook, "commit": commit}
+        return self.decoder(z_st).float(), {"codebook": codebook_loss, "commit": commit_loss}
 
     def encode(self, x):
         """The continuous z_e (B, D, h, w), which is what stage 2 models."""
@@ -481,7 +481,8 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def restart_codes(self, z_e):
-        """Moves codes that nothing picked since the last call, at first all, onto random z_e."""
+        """Codes that nothing picks get no gradient and stay dead: moves those unpicked since the
+        last call, the first time all, onto random z_e."""
         z = z_e.movedim(1, -1).flatten(0, 2)                    # (B*h*w, D)
         new = z[torch.randint(len(z), (len(self.usage),), device=z.device)]
         new = new + 0.01 * z.std() * torch.randn_like(new)  # no two alike
@@ -508,7 +509,7 @@ class VAE(nn.Module):
         return self.decoder(z).float(), {"kl": kl}
 
     def encode(self, x):
-        """The mean of q(z | x), (B, D, h, w): at the usual KL weight its spread is tiny."""
+        """The mean of q(z | x), (B, D, h, w): q's std is tiny, so no draw is needed."""
         return self.encoder(x).float().chunk(2, dim=1)[0]
 
     def decode(self, z):
@@ -516,15 +517,15 @@ class VAE(nn.Module):
 
 def build_autoencoder(cfg):
     """What an AEConfig describes, with random weights."""
-    shape = (cfg.channels, cfg.widths, cfg.layers, cfg.z_channels)
+    args = (cfg.channels, cfg.widths, cfg.layers, cfg.z_channels)
     if cfg.ae == "vq":
-        return VQVAE(*shape, cfg.codebook_size)
-    return VAE(*shape)
+        return VQVAE(*args, cfg.codebook_size)
+    return VAE(*args)
 
 
 # ---- 5. LPIPS: how different two images look (Zhang et al. 2018, arXiv 1801.03924) --------------
 # Where z leaves details open, the least pixel error is their average (l2) or median (l1): blur. In
-# a distance of features of an image classifier a blur is far away, so the decoder has to decide.
+# a distance of features of an image classifier a blur is far away, so the decoder has to commit.
 
 class LPIPS(nn.Module):
     """Distance of two images as people see it: the `lpips` package with net="vgg", v0.1. Frozen.
@@ -541,7 +542,7 @@ class LPIPS(nn.Module):
             raise UserError(f"LPIPS needs {weights}, and vgg16-397923af.pth of download.pytorch.org"
                             f"/models in {torch.hub.get_dir()}/checkpoints ({error!r})") from error
         net = models.vgg.make_layers(models.vgg.cfgs["D"], batch_norm=False)  # D: VGG16
-        net.load_state_dict({k.removeprefix("features."): w for k, w in vgg.items() if "feat" in k})
+        net.load_state_dict({k[9:]: w for k, w in vgg.items() if k.startswith("features.")})
         cuts = (0, 4, 9, 16, 23, 30)  # slices end with relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
         self.slices = nn.ModuleList(net[a:b] for a, b in zip(cuts, cuts[1:]))
         # ImageNet's mean and deviation per channel, for images in [-1, 1]
@@ -569,7 +570,7 @@ class LPIPS(nn.Module):
 
 
 # ---- 6. PatchGAN: a critic of patches (Isola et al. 2017, arXiv 1611.07004) ---------------------
-# The decoder also learns to fool it, which brings fine texture: VQGAN (Esser et al. 2012.09841).
+# The decoder also learns to fool it, which brings fine texture (VQGAN, see section 11).
 
 class PatchGAN(nn.Module):
     """Images (B, C, H, W), at least 16x16 -> scores (B, 1, h', w'), one per patch; high is real."""
@@ -579,7 +580,7 @@ class PatchGAN(nn.Module):
             nn.Conv2d(channels, c, 4, 2, 1), nn.LeakyReLU(0.2),  # no norm here, says the paper
             nn.Conv2d(c, 2 * c, 4, 2, 1), nn.BatchNorm2d(2 * c), nn.LeakyReLU(0.2),
             nn.Conv2d(2 * c, 4 * c, 4, 2, 1), nn.BatchNorm2d(4 * c), nn.LeakyReLU(0.2),
-            nn.Conv2d(4 * c, 1, 4, 1, 2))  # h' = H / 8 + 1: a score sees 46x46 pixels
+            nn.Conv2d(4 * c, 1, 4, 1, 2))  # h' = H // 8 + 1; a score sees 46x46 (paper: 70x70)
         for layer in self.net:
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, 0.0, 0.02)  # as in the paper
@@ -600,7 +601,7 @@ def generator_loss(kind, fake):
 def discriminator_loss(kind, real, fake):
     """What the discriminator minimises, from scores of images and reconstructions."""
     if kind == "hinge":
-        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # 2: as in pix2pix
+        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # pix2pix
     if kind == "lsgan":
         return ((real - 1).square().mean() + fake.square().mean()) / 2
     if kind == "bce":
@@ -613,7 +614,7 @@ def discriminator_loss(kind, real, fake):
 # et al. 2022, 2211.01095. A squared error is least for the mean of all eps that fit z_t. That mean
 # is -sigma times the score, the gradient of log p(z_t): plain regression finds the direction in
 # which the data lie. One jump from pure noise would end at a blur, the average face; each small
-# step commits to a bit.
+# step commits to a little more.
 
 class NoiseScheduler(nn.Module):
     """z_t = alpha z0 + sigma eps. t = 0 has one step of noise, T-1 nearly nothing else; samplers
@@ -624,37 +625,37 @@ class NoiseScheduler(nn.Module):
         super().__init__()
         self.T = T
         self.target = target
-        self.target_weights(1, 0)  # KeyError if there is no such target
+        self.target_weights(1, 0)  # KeyError now if there is no such target
         # linear in sqrt(beta); LDM's range for CelebA-HQ, meant for T = 1000
         betas = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, T, dtype=torch.float64) ** 2
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)        # (T,), abar
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
-        # the same as floats, for the samplers; the last ones are of t = -1, without noise
+        # as floats, for the samplers; index -1, the last, is t = -1: no noise, lambda infinite
         self.abar = alphas_cumprod.tolist() + [1.0]
-        self.log_snr = [0.5 * math.log(a / (1 - a)) for a in self.abar[:-1]] + [math.inf]
+        self.lam = [0.5 * math.log(a / (1 - a)) for a in self.abar[:-1]] + [math.inf]
 
     def alpha_sigma(self, t):
         """sqrt(abar_t) and sqrt(1 - abar_t) of one step t, -1 .. T-1, as floats."""
         return math.sqrt(self.abar[t]), math.sqrt(1 - self.abar[t])
 
     def target_weights(self, alpha, sigma):
-        """(p, q): the network predicts p z0 + q eps."""
+        """(w_z0, w_eps): the network predicts w_z0 z0 + w_eps eps."""
         return {"eps": (0, 1), "v": (-sigma, alpha)}[self.target]
 
     def add_noise(self, z0, eps, t):
         """z0, eps (B, D, h, w), t (B,) -> z_t, and what to predict; DDPM Eq. 4: any t in one go."""
         abar = self.alphas_cumprod[t].view(-1, 1, 1, 1)               # (B, 1, 1, 1)
         alpha, sigma = abar.sqrt(), (1 - abar).sqrt()  # z_t keeps the variance 1 of z0
-        p, q = self.target_weights(alpha, sigma)
-        return alpha * z0 + sigma * eps, p * z0 + q * eps
+        w_z0, w_eps = self.target_weights(alpha, sigma)
+        return alpha * z0 + sigma * eps, w_z0 * z0 + w_eps * eps
 
     def z0_and_eps(self, pred, z_t, t):
         """The network's answer at step t (int), as estimates of z0 and eps: the two equations of
-        add_noise, solved. z0 is not clamped, for latents have no fixed range."""
+        add_noise, solved by determinants. z0 is not clamped: latents have no fixed range."""
         alpha, sigma = self.alpha_sigma(t)
-        p, q = self.target_weights(alpha, sigma)
-        det = alpha * q - sigma * p  # of (alpha, sigma; p, q). v: 1; eps: alpha, at T-1 only 1/84
-        return (q * z_t - sigma * pred) / det, (alpha * pred - p * z_t) / det
+        w_z0, w_eps = self.target_weights(alpha, sigma)
+        det = alpha * w_eps - sigma * w_z0  # v: 1; eps: alpha, which at T-1 is only 1/84
+        return (w_eps * z_t - sigma * pred) / det, (alpha * pred - w_z0 * z_t) / det
 
     def timesteps(self, steps):
         """[(t, t_next), ...], evenly spaced from the noisiest step T-1 down to -1, clean."""
@@ -662,7 +663,7 @@ class NoiseScheduler(nn.Module):
         return list(zip(t, t[1:]))  # 30 steps: (999, 966), (966, 932), .., (32, -1)
 
     def ddpm_step(self, z0, z_t, t, t_next, noise):
-        """Draws from q(z_next | z_t, z0): DDPM Eq. 6-7 and Algorithm 2, for any t_next < t."""
+        """Draws from q(z_next | z_t, z0): DDPM Eq. 6-7, there for t_next = t - 1, here for any."""
         abar, abar_next = self.abar[t], self.abar[t_next]
         a = abar / abar_next  # DDPM's alpha_t = 1 - beta_t if t_next = t - 1
         z0_weight = math.sqrt(abar_next) * (1 - a) / (1 - abar)
@@ -680,15 +681,15 @@ class NoiseScheduler(nn.Module):
         along lambda = log(alpha / sigma). before: (t, z0) of the step before, None in the first."""
         if before is not None and t_next >= 0:  # at t = -1 lambda is infinite: DDIM
             t_before, z0_before = before
-            h = self.log_snr[t_next] - self.log_snr[t]
-            h_before = self.log_snr[t] - self.log_snr[t_before]
+            h = self.lam[t_next] - self.lam[t]
+            h_before = self.lam[t] - self.lam[t_before]
             z0 = z0 + (z0 - z0_before) / h_before * h / 2  # its slope, for half a step
         alpha, sigma = self.alpha_sigma(t)
-        return self.ddim_step(z0, (z_t - alpha * z0) / sigma, t_next)
+        return self.ddim_step(z0, (z_t - alpha * z0) / sigma, t_next)  # eps that fits this z0
 
 
 # ---- 8. UNet, and the latent diffusion model that ties sections 4, 7 and 8 together -------------
-# The blocks of section 3, now with time embedding and attention, and skips from down to up.
+# The blocks of section 3, with time, attention everywhere, a skip per block (DDPM: per layer).
 
 class UNet(nn.Module):
     """z_t (B, D, h, w), t (B,) -> prediction (B, D, h, w). The first `downs` of its len(widths) - 1
@@ -703,14 +704,14 @@ class UNet(nn.Module):
         halves = [i < downs for i in range(len(widths) - 1)]          # True True True
         self.down_blocks = nn.ModuleList()  # 192 -> 256 -> 384 -> 512
         for c_in, c_out, half in zip(widths, widths[1:], halves):
-            self.down_blocks.append(DownBlock(c_in, c_out, layers, t_dim, 4, half))
+            self.down_blocks.append(DownBlock(c_in, c_out, layers, t_dim, heads=4, down=half))
         self.mid = MidBlock(widths[-1], widths[-2], layers, t_dim)  # 512 -> 384
         self.up_blocks = nn.ModuleList()  # narrower than the way down: cheaper
-        up_widths = [*widths[-2::-1], c]  # 384 256 192 192
+        up_widths = [*widths[-2::-1], c]  # 384 256 192, and 192 again
         for c_in, c_out, half in zip(up_widths, up_widths[1:], halves[::-1]):
-            self.up_blocks.append(UpBlock(c_in, c_out, layers, t_dim, 4, half, c_skip=c_in))
+            self.up_blocks.append(UpBlock(c_in, c_out, layers, t_dim, 4, up=half, c_skip=c_in))
         self.out = norm_silu_conv(c, z_channels)
-        nn.init.zeros_(self.out[-1].weight)  # first answers near 0, so the loss starts near 1
+        nn.init.zeros_(self.out[-1].weight)  # first answers near 0, loss near 1
 
     def forward(self, z_t, t):
         x = self.conv_in(z_t)                                   # (B, 192, 32, 32)
@@ -743,7 +744,7 @@ class LatentDiffusion(nn.Module):
 
     def measure(self, z):
         """Takes mean and std per channel from latents z (N, D, h, w). The schedule is for variance
-        1: larger ones would show through at t = T-1, smaller ones drown early (LDM, section G)."""
+        1: larger ones would show through at t = T-1, smaller ones drown early (LDM, app. G)."""
         std, mean = torch.std_mean(z.float(), (0, 2, 3), keepdim=True)
         self.mean.copy_(mean)
         self.std.copy_(std.clamp(min=1e-6))  # a channel may be flat
@@ -792,12 +793,12 @@ class LatentDiffusion(nn.Module):
 
 # ---- 9. Runs: a folder with checkpoints, a log, curves and pictures -----------------------------
 # A stopped run goes on with the same command: batches and noise depend on seed and step alone.
-# What may differ then:
+# What may differ then (data: cfg.data_name must not; steps: moves the fall of the learning rate):
 MAY_CHANGE = ["out", "data", "data_root", "steps", "amp", "compile", "save_every"]
 
 def save_file(path, kind, content):
     buffer = io.BytesIO()  # torch.save to a file turns a full disk into a riddle
-    torch.save({f"{kind} of ldm.py 4": content}, buffer)
+    torch.save({f"{kind} of ldm.py 5": content}, buffer)
     with new_file(path) as file:
         file.write(buffer.getbuffer())
 
@@ -808,7 +809,7 @@ def save_picture(path, picture):
 def load_file(path, kind):
     """What save_file wrote. Raises UserError if it is missing, damaged or something else."""
     try:  # weights_only: executes nothing
-        return torch.load(path, map_location="cpu", weights_only=True)[f"{kind} of ldm.py 4"]
+        return torch.load(path, map_location="cpu", weights_only=True)[f"{kind} of ldm.py 5"]
     except Exception as error:  # whatever disks, zip files and unpicklers raise
         message = f"{path.absolute()} is missing, damaged or outdated: train first, or delete it"
         raise UserError(f"{message} ({error!r:.90})") from error
@@ -832,7 +833,7 @@ class Run:
         print(f"train-{self.stage}: {self.cfg}")
         if self.path.exists():
             ckpt = load_file(self.path, self.stage)
-            for name, now in reversed(asdict(self.cfg).items()):  # other data say most: first
+            for name, now in reversed(asdict(self.cfg).items()):  # backwards: data first
                 then = ckpt["config"][name]
                 if name not in MAY_CHANGE and then != now:
                     raise UserError(f"{self.path} was trained with {name} = {then}, not {now}; "
@@ -845,8 +846,8 @@ class Run:
             print(f"going on after step {self.step}; --steps was {ckpt['config']['steps']}")
 
     def steps(self):
-        """Yields the numbers of the steps to do, 1 .. cfg.steps. A stop may come after the body has
-        asked `due`: so one more step is done, for which `due` is True, then KeyboardInterrupt."""
+        """Yields the steps still to do, up to cfg.steps. After a stop (on_signal) one more is done,
+        for which `due` is True, so that it is saved; then KeyboardInterrupt."""
         Run.stopping = False
         self.last = self.step >= self.cfg.steps
         self.start = time.perf_counter()
@@ -886,19 +887,19 @@ class Run:
         self.terms = {}
         self.start = time.perf_counter()
 
-    def save(self, picture, columns=8):
-        """Writes the checkpoint, a picture (N, C, H, W) of how far it is, and the curves."""
+    def save(self, images, columns=8):
+        """Writes the checkpoint, a picture of images (N, C, H, W), and the curves."""
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         save_file(self.path, self.stage, dict(step=self.step, config=asdict(self.cfg),
                                               log=self.rows, parts=parts))
         name = f"{self.stage}-{self.step:06d}.png"
-        save_picture(self.path.with_name("pictures") / name, image_grid(picture, columns))
+        save_picture(self.path.with_name("pictures") / name, image_grid(images, columns))
         save_picture(self.path.with_name(f"{self.stage}-curves.png"), draw_curves(self.rows))
         self.start = time.perf_counter()  # saving is not training time
 
 def draw_curves(rows):
     """A panel for each figure of the log, over the steps: a PIL picture."""
-    names = dict.fromkeys(name for row in rows for name in row if name != "step")  # as a set
+    names = dict.fromkeys(name for row in rows for name in row if name != "step")  # in order
     image = Image.new("RGB", (600, 120 * len(names)), "white")
     draw = ImageDraw.Draw(image)
     for i, name in enumerate(names):
@@ -953,12 +954,12 @@ class OnePassGroupNorm(nn.GroupNorm):
     NCHW. Compiled, a step of the UNet takes 20 % less time (H100, bf16)."""
     def forward(self, x):
         x = x.float()  # the difference of two large numbers: bf16 has no digits to spare
-        groups = (self.num_groups, -1)
-        mean = x.mean((2, 3)).unflatten(1, groups).mean(2, keepdim=True)  # (B, groups, 1)
-        mean_square = x.square().mean((2, 3)).unflatten(1, groups).mean(2, keepdim=True)
+        split = (self.num_groups, -1)
+        mean = x.mean((2, 3)).unflatten(1, split).mean(2, keepdim=True)  # (B, groups, 1)
+        mean_square = x.square().mean((2, 3)).unflatten(1, split).mean(2, keepdim=True)
         var = (mean_square - mean.square()).clamp(min=0)  # rounding can bring it below
-        scale = self.weight.view(groups) * (var + self.eps).rsqrt()  # (B, groups, c / groups)
-        shift = self.bias.view(groups) - mean * scale
+        scale = self.weight.view(split) * (var + self.eps).rsqrt()  # (B, groups, c / groups)
+        shift = self.bias.view(split) - mean * scale
         return x * scale.flatten(1)[:, :, None, None] + shift.flatten(1)[:, :, None, None]
 
 def compile_network(net, cfg, device):
@@ -966,14 +967,15 @@ def compile_network(net, cfg, device):
     if cfg.compile and device.type == "cuda":
         for module in net.modules():
             if isinstance(module, nn.GroupNorm):
-                module.__class__ = OnePassGroupNorm  # the same weights, another forward
+                module.__class__ = OnePassGroupNorm  # another forward; weights and names stay
         # CUDA graphs launch all at once, but a replay overwrites the gradients that --accum adds up
         net.compile(dynamic=False, mode="reduce-overhead" if cfg.accum == 1 else "default")
 
 
 # ---- 11. Stage 1: the autoencoder ---------------------------------------------------------------
-# VQGAN, arXiv 2012.09841, section 3.1: reconstruction + LPIPS + latent terms, and a GAN that
-# starts late, when the rest is good enough for texture to matter. Adam's betas: VQGAN's code.
+# VQGAN, arXiv 2012.09841, section 3.1: reconstruction + LPIPS + latent terms + GAN; as in its code
+# the GAN starts late, and Adam has these betas. Its GAN weight is adaptive, ours fixed but for a
+# ramp: a critic that knows nothing yet would only do harm.
 
 LPIPS_WEIGHTS = Path(__file__).resolve().with_name("lpips_weights.pth")
 
@@ -1018,7 +1020,8 @@ def train_ae(cfg):
     for step in run.steps():
         torch.manual_seed(cfg.seed * 1_000_003 + step)  # resumed or not: same numbers
         lr = learning_rate(cfg, step)
-        adversarial = cfg.gan_weight > 0 and step > cfg.disc_start
+        weights["gan"] = cfg.gan_weight * min(1, max(0, step - cfg.disc_start) / 1000)
+        adversarial = weights["gan"] > 0
         if cfg.ae == "vq" and step % 100 == 1:  # codes that the last 100 did not use
             with torch.no_grad(), autocast(device, dtype):
                 ae.restart_codes(ae.encode(draw_images(images, cfg, device)))
@@ -1033,11 +1036,9 @@ def train_ae(cfg):
                 if cfg.perceptual_weight > 0:
                     terms["perceptual"] = lpips(x_rec, x).mean()
                 if adversarial:
-                    disc.requires_grad_(False)  # gradients go through, none stay
+                    disc.requires_grad_(False)  # gradients pass, none stay
                     terms["gan"] = generator_loss(cfg.gan, disc(x_rec))
-                    disc.requires_grad_(True)  # for (2); this graph is made
-                    # rises over 1000 steps: a critic that knows nothing yet would only do harm
-                    weights["gan"] = cfg.gan_weight * min(1, (step - cfg.disc_start) / 1000)
+                    disc.requires_grad_(True)  # for (2); this graph is built
                 loss = sum(weights[name] * term for name, term in terms.items())
             scaler.scale(loss / cfg.accum).backward()  # / accum: the sum becomes a mean
 
@@ -1080,16 +1081,16 @@ def load_autoencoder(path, device):
     return place(ae, device).eval().requires_grad_(False), cfg
 
 def load_latents(cfg, ae, images, device, dtype):
-    """Latents of the images, with cfg.flip also of the mirrored ones: (N, D, h, w), float16, on the
-    device. From <out>/latents.pt if these images and this autoencoder made it, else encoded."""
+    """Latents of the images, with cfg.flip also of the mirrored ones: (N or 2N, D, h, w), float16.
+    From <out>/latents.pt if these images and this autoencoder made it, else encoded now."""
     path = Path(cfg.out, "latents.pt")
-    name = fingerprint(cfg.ae_weights, cfg.flip, images.movedim(1, -1))  # no copy
+    name = fingerprint(cfg.ae_fingerprint, cfg.flip, images.movedim(1, -1))  # as it lies
     saved = load_file(path, "latents") if path.exists() else {}
     if name not in saved:
         print(f"encoding {len(images)} images")
         latents = []
         for mirrored in ([False, True] if cfg.flip else [False]):
-            for batch in images.split(16):  # few at once: as in stage 1, where they fitted
+            for batch in images.split(16):  # few at once, as in stage 1
                 x = to_float(batch, device)
                 with autocast(device, dtype):
                     latents.append(ae.encode(x.flip(3) if mirrored else x).half())
@@ -1102,13 +1103,12 @@ def train_ldm(cfg):
     device, dtype = pick_device(cfg)
     ae, ae_cfg = load_autoencoder(Path(cfg.out, "ae.pt"), device)
     images, _ = load_images(replace(ae_cfg, data=cfg.data, data_root=cfg.data_root))
-    cfg.ae_weights = fingerprint(*ae.state_dict().values())
-    cfg.ae = asdict(ae_cfg)
-
+    cfg.ae_fingerprint = fingerprint(*ae.state_dict().values())
+    cfg.ae_settings = asdict(ae_cfg)
     torch.manual_seed(cfg.seed)
     ldm = place(LatentDiffusion(cfg, ae_cfg, ae), device).requires_grad_(False)
-    unet = copy.deepcopy(ldm.unet).requires_grad_(True)  # trained; ldm has its average
-    opt = torch.optim.Adam(unet.parameters(), betas=(0.9, 0.99), fused=True)
+    unet = copy.deepcopy(ldm.unet).requires_grad_(True)  # trained; ldm.unet is the EMA
+    opt = torch.optim.Adam(unet.parameters(), betas=(0.9, 0.99), fused=True)  # lr: in optimise
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(cfg, "ldm", dict(net=unet, ldm=ldm, opt=opt, scaler=scaler))
     run.resume()
@@ -1145,12 +1145,12 @@ def load_ldm(path, device):
     """The LatentDiffusion of a checkpoint ldm.pt, frozen. Raises UserError."""
     ckpt = load_file(Path(path), "ldm")
     cfg = LDMConfig(**ckpt["config"])
-    ae_cfg = AEConfig(**cfg.ae)
+    ae_cfg = AEConfig(**cfg.ae_settings)
     ldm = LatentDiffusion(cfg, ae_cfg, build_autoencoder(ae_cfg))
     ldm.load_state_dict(ckpt["parts"]["ldm"])
     return place(ldm, device).eval().requires_grad_(False)
 
-def find_run(cfg, *stages):
+def find_checkpoint(cfg, *stages):
     """The newest checkpoint of these stages in --out, or under runs/. Raises UserError."""
     folders = [Path(cfg.out)] if cfg.out else Path("runs").glob("*")
     found = [path for f in folders for path in f.glob("*.pt") if path.stem in stages]
@@ -1160,7 +1160,7 @@ def find_run(cfg, *stages):
 def sample(cfg):
     """Writes samples.png, and the denoising of four of them, progress.png, into the run folder."""
     device, dtype = pick_device(cfg)
-    path = find_run(cfg, "ldm")
+    path = find_checkpoint(cfg, "ldm")
     ldm = load_ldm(path, device)
     n = cfg.n or 16
     trace = []
@@ -1190,7 +1190,7 @@ def frechet_distance(a, b):
 def evaluate(cfg):
     """Prints and returns {figure: value}, of images held out from training. Raises UserError."""
     device, dtype = pick_device(cfg)
-    path = find_run(cfg, "ae", "ldm")
+    path = find_checkpoint(cfg, "ae", "ldm")
     ldm = load_ldm(path, device) if path.stem == "ldm" else None
     ae, ae_cfg = (ldm.ae, ldm.ae_cfg) if ldm else load_autoencoder(path, device)
     _, held = load_images(replace(ae_cfg, data=cfg.data or ae_cfg.data,
@@ -1256,13 +1256,13 @@ def on_signal(*_):
 def main(argv=None):
     """Runs a command line; returns the exit code: 0 done, 2 a mistake, 130 stopped by Ctrl-C."""
     for s in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(s) != signal.SIG_IGN:  # as under nohup
+        if signal.getsignal(s) != signal.SIG_IGN:  # nohup has it ignored
             signal.signal(s, on_signal)
     Run.stopping = None
     given = vars(build_parser().parse_args(argv))  # only what was typed: SUPPRESS
-    cls, command, _ = COMMANDS[given.pop("command")]
+    cls, function, _ = COMMANDS[given.pop("command")]
     try:
-        command(resolve(cls, given))
+        function(resolve(cls, given))
         return 0
     except KeyboardInterrupt:
         return 130
