@@ -16,12 +16,12 @@ arXiv 2112.10752) therefore splits it in two:
 Letters, the same in code and tests, mostly those of the papers:
   B batch   C image channels   H W image height, width   D latent channels   h w latent size
   K codebook size   T diffusion steps   x image in [-1, 1]   z latent   eps Gaussian noise
-  z_e, z_q latent before, after quantising   z0 clean, z_t noisy latent   t step, 0 .. T-1
-  N images   c channels inside a network, where x may be any features   sg[.] stops the gradient
+  z_e, z_q latent before, after quantising   z0 normalised, z_t noisy   t step, 0 .. T-1
+  N images   c channels inside a network, where x may be any features   lambda = log(alpha / sigma)
   abar product of 1 - beta   alpha = sqrt(abar), not DDPM's 1 - beta   sigma = sqrt(1 - abar)
 
-To learn the subject, read sections 3 to 8, then the two training loops in 11 and 12; the rest is
-what any training program needs. The table of contents: grep "^# ----" ldm.py
+To learn the subject, read sections 3 to 8, then 11 and 12 with the three short functions at the
+start of 10; the rest is what any training program needs. Table of contents: grep "^# ----" ldm.py
 """
 import argparse
 import contextlib
@@ -52,7 +52,7 @@ from torchvision.transforms import functional as TF
 # for 256x256 photos (celebhq, or your own folder); PRESETS says what differs for the small sets.
 
 def flag(default, help, *choices, low=1, high=10 ** 9):
-    """A setting: its default, its help, and what it may be: one of the choices, or low .. high."""
+    """A setting: default, help, and what it may be: one of the choices after it, or low .. high."""
     rule = dict(help=help, choices=choices or None, low=low, high=high)
     return field(default=default, metadata=rule)
 
@@ -69,7 +69,7 @@ class TrainConfig(RunConfig):
     accum: int = flag(1, "batches whose gradients are averaged per optimiser step")
     flip: bool = flag(True, "also train on mirrored images", False, True)
     layers: int = flag(2, "ResNet layers per block")
-    compile: bool = flag(True, "torch.compile on CUDA: a slow start, then up to 2x", False, True)
+    compile: bool = flag(True, "torch.compile on CUDA: slow start, then up to 2x", False, True)
     save_every: int = flag(1000, "steps between checkpoints, with pictures")
 
 @dataclass
@@ -91,7 +91,7 @@ class AEConfig(TrainConfig):
     gan_weight: float = flag(0.05, "weight of the GAN loss; 0: off", low=0)
     gan: str = flag("hinge", "adversarial loss", "bce", "lsgan", "hinge")
     disc_start: int = flag(2500, "steps before the adversarial loss joins in", low=0)
-    data_name: str = ""  # no flag: load_images notes what it found. The last field: see resume
+    data_name: str = ""  # no flag: load_images notes here what it found
 
 @dataclass
 class LDMConfig(TrainConfig):
@@ -100,13 +100,13 @@ class LDMConfig(TrainConfig):
     lr: float = flag(4e-4, "highest learning rate of Adam", low=1e-9)
     widths: tuple = flag((192, 256, 384, 512), "UNet channels, outside to inside")
     target: str = flag("v", "what the UNet predicts", "eps", "v")
-    ae_settings: dict = field(default=None, repr=False)  # no flag: those of the autoencoder,
-    ae_fingerprint: str = ""  # and of its weights: train_ldm notes both
+    ae_settings: dict = field(default=None, repr=False)  # no flag: train_ldm notes here
+    ae_fingerprint: str = ""  # which autoencoder made the latents
 
 @dataclass
 class SampleConfig(RunConfig):
-    data: str = flag(None, "data set whose run is taken; if not given: the newest under runs/")
-    data_root: str = flag(None, "folder that holds the data sets; if not given: as in training")
+    data: str = flag(None, "of which run; if not given: the newest under runs/")
+    data_root: str = flag(None, "holds the data sets; if not given: as in training")
     n: int = flag(0, "images; 0: 16 for sample, 2000 for eval", low=0)
     batch: int = flag(64, "images at once on the device", high=10 ** 5)
     sampler: str = flag("dpm", "DDPM, DDIM, DPM-Solver++(2M)", "ddpm", "ddim", "dpm")
@@ -152,7 +152,7 @@ def resolve(cls, given):
         require(fine, "out", cfg.out, f"{there.absolute()} is no folder to write to")
         cfg.widths = tuple(cfg.widths)
         fine = len(cfg.widths) > 1 and all(c in range(4, 10000, 4) for c in cfg.widths)
-        require(fine, "widths", cfg.widths, "give two or more multiples of 4 (there are 4 heads)")
+        require(fine, "widths", cfg.widths, "give two or more multiples of 4 (heads)")
     if cls is AEConfig:
         require(cfg.size % 2 ** (len(cfg.widths) - 1) == 0, "size", cfg.size, "cannot be halved")
     return cfg
@@ -235,7 +235,7 @@ def new_file(path):
     """A file to write under a temporary name, renamed at the end: it is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob("*.[0-9]*.tmp"):
-        if time.time() - old.stat().st_mtime > 600:  # a killed process left it; a living one writes
+        if time.time() - old.stat().st_mtime > 600:  # not of a living process
             old.unlink(missing_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -261,10 +261,10 @@ def load_folder(folder, size, channels, cache_folder):
              and runs.isdisjoint(Path(name).parents)  # what a run has written is no data
              and (folder / name).is_file()]
     names = sorted({os.path.realpath(folder / name): name for name in names}.values())  # links
-    require(len(names) > 2, "data", folder, f"has {len(names)} pictures (a run's do not count)")
+    require(len(names) > 2, "data", folder, f"has {len(names)} pictures (but those of runs)")
     stats = [(folder / name).stat() for name in names]
     data_name = f"{len(names)} files, {fingerprint(names, [s.st_size for s in stats])}"
-    version = fingerprint(data_name, [s.st_mtime for s in stats])  # a copied folder has new times
+    version = fingerprint(data_name, [s.st_mtime for s in stats])  # a copy: new times
     cache = cache_folder / f"{version}-{size}x{size}x{channels}.uint8"
     least = 3 * size * size * channels  # bytes: one picture to train on, two held out
     def decode(name):
@@ -295,7 +295,7 @@ def load_images(cfg):
         images = toyfaces(range(10000), cfg.size)
     elif cfg.data == "mnist":
         try:
-            digits = datasets.MNIST(root, download=True).data  # the 60,000; its test set is yours
+            digits = datasets.MNIST(root, download=True).data  # the test set stays unseen
         except Exception as error:  # no internet, or broken files
             raise UserError(f"mnist: put its 4 files into {root}/MNIST/raw ({error})") from error
         images = TF.resize(digits[:, None], [cfg.size, cfg.size])
@@ -358,12 +358,12 @@ class ResBlock(nn.Module):
     if heads > 0. t_dim: the width of a time embedding (B, t_dim), if there is one."""
     def __init__(self, c_in, c_out, t_dim=None, heads=0):
         super().__init__()
-        self.conv1 = norm_silu_conv(c_in, c_out, bias=False)  # the next norm has one
+        self.conv1 = norm_silu_conv(c_in, c_out, bias=False)  # biases come from the norms
         self.conv2 = norm_silu_conv(c_out, c_out, bias=False)
         self.time = nn.Linear(t_dim, c_out) if t_dim else None
         self.shortcut = nn.Conv2d(c_in, c_out, 1, bias=False) if c_in != c_out else nn.Identity()
         self.attention = Attention(c_out, heads) if heads > 0 else nn.Identity()
-        nn.init.zeros_(self.conv2[-1].weight)  # starts as the shortcut alone: gradients pass
+        nn.init.zeros_(self.conv2[-1].weight)  # starts as the shortcut alone
 
     def forward(self, x, t_emb=None):
         h = self.conv1(x)                                       # (B, c_out, H, W)
@@ -397,8 +397,8 @@ class MidBlock(Stack):
         self.append(ResBlock(c_out, c_out, t_dim))
 
 class UpBlock(nn.Module):
-    """(B, c_in, h, w) -> (B, c_out, 2h, 2w), or with up=False (B, c_out, h, w). A skip, which
-    forward takes if c_skip > 0, is (B, c_skip, 2h, 2w)."""
+    """(B, c_in, h, w) -> (B, c_out, 2h, 2w), or with up=False (B, c_out, h, w). A skip of
+    c_skip channels, as high and wide as the output, joins in before the ResBlocks."""
     def __init__(self, c_in, c_out, layers, t_dim=None, heads=0, up=True, c_skip=0):
         super().__init__()
         # nearest + conv: transposed convolutions would leave checkerboards
@@ -417,8 +417,8 @@ class UpBlock(nn.Module):
 # Both keep z easy to model in stage 2. VQVAE (van den Oord et al. 2017, arXiv 1711.00937): the
 # decoder sees only K different vectors, and a commitment loss makes z_e gather around them; argmin
 # has no gradient, hence the straight-through trick. VAE (Kingma & Welling 2013, arXiv 1312.6114):
-# noise of a learned size is added to z, and a KL term keeps the mean from growing until the noise
-# no longer matters. z = mean + std eps (reparameterised), so that gradients reach mean and std.
+# noise of a learned size is added to the mean, and a KL term keeps the mean so small that the noise
+# matters; z = mean + std eps (reparameterised), so that gradients reach both.
 
 def build_encoder(channels, widths, layers, c_out):
     """Network: image (B, C, H, W) -> (B, c_out, h, w) with h = H / 2 ** (len(widths) - 1)."""
@@ -460,11 +460,11 @@ class VQVAE(nn.Module):
         return self.codebook(indices).movedim(-1, 1), indices
 
     def forward(self, x):
-        """x (B, C, H, W) in [-1, 1] -> reconstruction, {name: loss term}; Eq. 3, mean squares. Both
-        terms have the same value, but codebook moves the codes to z_e, commit moves z_e to them."""
+        """x (B, C, H, W) in [-1, 1] -> reconstruction, {name: loss term}: Eq. 3 but for its first
+        term, the caller's. Both have one value, but codebook moves the codes, commit moves z_e."""
         z_e = self.encode(x)
         z_q, indices = self.quantise(z_e)
-        self.usage.index_add_(0, indices.flatten(), torch.ones_like(z_e[:, 0]).flatten())  # += 1
+        self.usage.index_add_(0, indices.flatten(), z_e.new_ones(indices.numel()))  # += 1
         codebook_loss = F.mse_loss(z_q, z_e.detach())
         commit_loss = F.mse_loss(z_e, z_q.detach())
         z_st = z_e + (z_q - z_e).detach()  # straight-through: value of z_q, gradient as from z_e
@@ -497,12 +497,12 @@ class VAE(nn.Module):
         self.encoder = build_encoder(channels, widths, layers, 2 * z_channels)  # mean and logvar
         self.decoder = build_decoder(channels, widths, layers, z_channels)
         # starts with little noise, else the first thousands of steps are spent on getting rid of it
-        nn.init.constant_(self.encoder[-1].bias[z_channels:], -6.0)   # of logvar
+        nn.init.constant_(self.encoder[-1].bias[z_channels:], -6.0)  # of logvar
 
     def forward(self, x):
         """x (B, C, H, W) in [-1, 1] -> reconstruction, {"kl": KL(q(z | x) || N(0, 1))}, appendix B:
         -1/2 sum(1 + logvar - mean^2 - exp(logvar)), per image value like the reconstruction."""
-        mean, logvar = self.encoder(x).float().chunk(2, dim=1)        # each (B, D, h, w)
+        mean, logvar = self.encoder(x).float().chunk(2, dim=1)  # each (B, D, h, w)
         logvar = logvar.clamp(-30, 20)  # exp stays finite
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)  # reparameterised: Eq. 10
         kl = -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum() / x.numel()
@@ -525,7 +525,7 @@ def build_autoencoder(cfg):
 
 # ---- 5. LPIPS: how different two images look (Zhang et al. 2018, arXiv 1801.03924) --------------
 # Where z leaves details open, the least pixel error is their average (l2) or median (l1): blur. In
-# a distance of features of an image classifier a blur is far away, so the decoder has to commit.
+# a distance of features of an image classifier a blur is far away, so the decoder has to choose.
 
 class LPIPS(nn.Module):
     """Distance of two images as people see it: the `lpips` package with net="vgg", v0.1. Frozen.
@@ -543,7 +543,7 @@ class LPIPS(nn.Module):
                             f"/models in {torch.hub.get_dir()}/checkpoints ({error!r})") from error
         net = models.vgg.make_layers(models.vgg.cfgs["D"], batch_norm=False)  # D: VGG16
         net.load_state_dict({k[9:]: w for k, w in vgg.items() if k.startswith("features.")})
-        cuts = (0, 4, 9, 16, 23, 30)  # slices end with relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+        cuts = (0, 4, 9, 16, 23, 30)  # slices end with relu1_2, 2_2, 3_3, 4_3, 5_3
         self.slices = nn.ModuleList(net[a:b] for a, b in zip(cuts, cuts[1:]))
         # ImageNet's mean and deviation per channel, for images in [-1, 1]
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
@@ -580,7 +580,7 @@ class PatchGAN(nn.Module):
             nn.Conv2d(channels, c, 4, 2, 1), nn.LeakyReLU(0.2),  # no norm here, says the paper
             nn.Conv2d(c, 2 * c, 4, 2, 1), nn.BatchNorm2d(2 * c), nn.LeakyReLU(0.2),
             nn.Conv2d(2 * c, 4 * c, 4, 2, 1), nn.BatchNorm2d(4 * c), nn.LeakyReLU(0.2),
-            nn.Conv2d(4 * c, 1, 4, 1, 2))  # h' = H // 8 + 1; a score sees 46x46 (paper: 70x70)
+            nn.Conv2d(4 * c, 1, 4, 1, 2))  # stride 1: h' = H // 8 + 1; sees 46x46 (paper: 70x70)
         for layer in self.net:
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, 0.0, 0.02)  # as in the paper
@@ -599,9 +599,9 @@ def generator_loss(kind, fake):
     raise ValueError(f"no adversarial loss {kind!r}")
 
 def discriminator_loss(kind, real, fake):
-    """What the discriminator minimises, from scores of images and reconstructions."""
+    """What the discriminator minimises, from scores of images, reconstructions; half: pix2pix."""
     if kind == "hinge":
-        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # pix2pix
+        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
     if kind == "lsgan":
         return ((real - 1).square().mean() + fake.square().mean()) / 2
     if kind == "bce":
@@ -614,13 +614,13 @@ def discriminator_loss(kind, real, fake):
 # et al. 2022, 2211.01095. A squared error is least for the mean of all eps that fit z_t. That mean
 # is -sigma times the score, the gradient of log p(z_t): plain regression finds the direction in
 # which the data lie. One jump from pure noise would end at a blur, the average face; each small
-# step commits to a little more.
+# step decides a little more.
 
 class NoiseScheduler(nn.Module):
-    """z_t = alpha z0 + sigma eps. t = 0 has one step of noise, T-1 nearly nothing else; samplers
-    end at t = -1, which has none. target: what the network predicts, eps, or v = alpha eps - sigma
-    z0 (Salimans & Ho 2022, arXiv 2202.00512). Near t = T-1 eps is almost z_t, a trivial task; v is
-    almost -z0, a real one."""
+    """z_t = alpha z0 + sigma eps. t = 0 .. T-1 are the papers' 1 .. T: t = 0 has one step of noise,
+    T-1 is nearly all noise; z0 itself is t = -1, where samplers end. target: what the network
+    predicts, eps, or v = alpha eps - sigma z0 (Salimans & Ho 2022, arXiv 2202.00512). Near t = T-1
+    eps is almost z_t, a trivial task; v is almost -z0, a real one."""
     def __init__(self, T=1000, target="v"):
         super().__init__()
         self.T = T
@@ -630,7 +630,7 @@ class NoiseScheduler(nn.Module):
         betas = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, T, dtype=torch.float64) ** 2
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)        # (T,), abar
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
-        # as floats, for the samplers; index -1, the last, is t = -1: no noise, lambda infinite
+        # as floats, for the samplers; index -1, the last entry, is t = -1, without noise
         self.abar = alphas_cumprod.tolist() + [1.0]
         self.lam = [0.5 * math.log(a / (1 - a)) for a in self.abar[:-1]] + [math.inf]
 
@@ -644,17 +644,17 @@ class NoiseScheduler(nn.Module):
 
     def add_noise(self, z0, eps, t):
         """z0, eps (B, D, h, w), t (B,) -> z_t, and what to predict; DDPM Eq. 4: any t in one go."""
-        abar = self.alphas_cumprod[t].view(-1, 1, 1, 1)               # (B, 1, 1, 1)
+        abar = self.alphas_cumprod[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
         alpha, sigma = abar.sqrt(), (1 - abar).sqrt()  # z_t keeps the variance 1 of z0
         w_z0, w_eps = self.target_weights(alpha, sigma)
         return alpha * z0 + sigma * eps, w_z0 * z0 + w_eps * eps
 
     def z0_and_eps(self, pred, z_t, t):
         """The network's answer at step t (int), as estimates of z0 and eps: the two equations of
-        add_noise, solved by determinants. z0 is not clamped: latents have no fixed range."""
+        add_noise, solved by Cramer's rule. z0 is not clamped: latents have no fixed range."""
         alpha, sigma = self.alpha_sigma(t)
         w_z0, w_eps = self.target_weights(alpha, sigma)
-        det = alpha * w_eps - sigma * w_z0  # v: 1; eps: alpha, which at T-1 is only 1/84
+        det = alpha * w_eps - sigma * w_z0  # v: 1; eps: alpha, at T-1 1/84: errors grow 84-fold
         return (w_eps * z_t - sigma * pred) / det, (alpha * pred - w_z0 * z_t) / det
 
     def timesteps(self, steps):
@@ -663,7 +663,7 @@ class NoiseScheduler(nn.Module):
         return list(zip(t, t[1:]))  # 30 steps: (999, 966), (966, 932), .., (32, -1)
 
     def ddpm_step(self, z0, z_t, t, t_next, noise):
-        """Draws from q(z_next | z_t, z0): DDPM Eq. 6-7, there for t_next = t - 1, here for any."""
+        """Draws from q(z_next | z_t, z0), z0 the estimate: DDPM Eq. 6-7, for any t_next < t."""
         abar, abar_next = self.abar[t], self.abar[t_next]
         a = abar / abar_next  # DDPM's alpha_t = 1 - beta_t if t_next = t - 1
         z0_weight = math.sqrt(abar_next) * (1 - a) / (1 - abar)
@@ -676,20 +676,20 @@ class NoiseScheduler(nn.Module):
         alpha, sigma = self.alpha_sigma(t_next)
         return alpha * z0 + sigma * eps
 
-    def dpm_step(self, z0, z_t, t, t_next, before=None):
+    def dpm_step(self, z0, z_t, t, t_next, previous=None):
         """DPM-Solver++(2M), Algorithm 2: DDIM, but with z0 extrapolated to the middle of the step,
-        along lambda = log(alpha / sigma). before: (t, z0) of the step before, None in the first."""
-        if before is not None and t_next >= 0:  # at t = -1 lambda is infinite: DDIM
-            t_before, z0_before = before
-            h = self.lam[t_next] - self.lam[t]
-            h_before = self.lam[t] - self.lam[t_before]
-            z0 = z0 + (z0 - z0_before) / h_before * h / 2  # its slope, for half a step
+        along lambda = log(alpha / sigma). previous: (t, z0) of the step before, if any."""
+        if previous is not None and t_next >= 0:  # at t = -1 lambda is infinite: DDIM
+            t_before, z0_before = previous
+            width = self.lam[t_next] - self.lam[t]
+            width_before = self.lam[t] - self.lam[t_before]
+            z0 = z0 + (z0 - z0_before) / width_before * width / 2  # its slope, for half a step
         alpha, sigma = self.alpha_sigma(t)
         return self.ddim_step(z0, (z_t - alpha * z0) / sigma, t_next)  # eps that fits this z0
 
 
 # ---- 8. UNet, and the latent diffusion model that ties sections 4, 7 and 8 together -------------
-# The blocks of section 3, with time, attention everywhere, a skip per block (DDPM: per layer).
+# The blocks of section 3, told the step t, with attention; a skip per block (DDPM: per layer).
 
 class UNet(nn.Module):
     """z_t (B, D, h, w), t (B,) -> prediction (B, D, h, w). The first `downs` of its len(widths) - 1
@@ -701,21 +701,21 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(c, t_dim), nn.SiLU(),
                                   nn.Linear(t_dim, t_dim), nn.SiLU())  # one for all ResBlocks
         self.conv_in = nn.Conv2d(z_channels, c, 3, padding=1)
-        halves = [i < downs for i in range(len(widths) - 1)]          # True True True
+        halvings = [i < downs for i in range(len(widths) - 1)]  # True True True
         self.down_blocks = nn.ModuleList()  # 192 -> 256 -> 384 -> 512
-        for c_in, c_out, half in zip(widths, widths[1:], halves):
-            self.down_blocks.append(DownBlock(c_in, c_out, layers, t_dim, heads=4, down=half))
+        for c_in, c_out, halve in zip(widths, widths[1:], halvings):
+            self.down_blocks.append(DownBlock(c_in, c_out, layers, t_dim, heads=4, down=halve))
         self.mid = MidBlock(widths[-1], widths[-2], layers, t_dim)  # 512 -> 384
         self.up_blocks = nn.ModuleList()  # narrower than the way down: cheaper
-        up_widths = [*widths[-2::-1], c]  # 384 256 192, and 192 again
-        for c_in, c_out, half in zip(up_widths, up_widths[1:], halves[::-1]):
-            self.up_blocks.append(UpBlock(c_in, c_out, layers, t_dim, 4, up=half, c_skip=c_in))
+        up_widths = [*widths[-2::-1], c]  # 384 256 192, as wide as the skips, and 192 again
+        for c_in, c_out, halve in zip(up_widths, up_widths[1:], halvings[::-1]):
+            self.up_blocks.append(UpBlock(c_in, c_out, layers, t_dim, 4, up=halve, c_skip=c_in))
         self.out = norm_silu_conv(c, z_channels)
         nn.init.zeros_(self.out[-1].weight)  # first answers near 0, loss near 1
 
     def forward(self, z_t, t):
         x = self.conv_in(z_t)                                   # (B, 192, 32, 32)
-        t_emb = self.time(sinusoids(t, x.shape[1]))             # (B, t_dim)
+        t_emb = self.time(sinusoids(t, x.shape[1]))  # (B, 192) -> (B, t_dim)
         skips = []
         for block in self.down_blocks:
             skips.append(x)  # what goes into a down block comes back in its mirror image
@@ -773,7 +773,7 @@ class LatentDiffusion(nn.Module):
         for i in range(0, n, batch):
             own = generators[i:i + batch]
             z_t = draw_noise(own)
-            before = None
+            previous = None
             with autocast(device, dtype):
                 for t, t_next in self.scheduler.timesteps(steps):
                     pred = self.unet(z_t, torch.full((len(own),), t, device=device))
@@ -785,8 +785,8 @@ class LatentDiffusion(nn.Module):
                     elif sampler == "ddim":
                         z_t = self.scheduler.ddim_step(z0, eps, t_next)
                     else:
-                        z_t = self.scheduler.dpm_step(z0, z_t, t, t_next, before)
-                    before = (t, z0)
+                        z_t = self.scheduler.dpm_step(z0, z_t, t, t_next, previous)
+                    previous = (t, z0)
                 images.append(self.decode(z_t).cpu())
         return torch.cat(images)
 
@@ -833,7 +833,7 @@ class Run:
         print(f"train-{self.stage}: {self.cfg}")
         if self.path.exists():
             ckpt = load_file(self.path, self.stage)
-            for name, now in reversed(asdict(self.cfg).items()):  # backwards: data first
+            for name, now in reversed(asdict(self.cfg).items()):  # backwards: the cause first
                 then = ckpt["config"][name]
                 if name not in MAY_CHANGE and then != now:
                     raise UserError(f"{self.path} was trained with {name} = {then}, not {now}; "
@@ -900,15 +900,15 @@ class Run:
 def draw_curves(rows):
     """A panel for each figure of the log, over the steps: a PIL picture."""
     names = dict.fromkeys(name for row in rows for name in row if name != "step")  # in order
-    image = Image.new("RGB", (600, 120 * len(names)), "white")
+    image = Image.new("RGB", (800, 70 * len(names)), "white")
     draw = ImageDraw.Draw(image)
     for i, name in enumerate(names):
         steps, values = np.array([(row["step"], row[name]) for row in rows if name in row]).T
         low, high = values.min(), values.max()
-        x = 600 * steps / steps.max()
-        y = 120 * i + 20 + 90 * (high - values) / max(high - low, 1e-12)
+        x = 800 * steps / steps.max()
+        y = 70 * i + 18 + 48 * (high - values) / max(high - low, 1e-12)
         draw.line(list(zip(x, y)), fill="#1f5fbf", width=2)
-        draw.text((5, 120 * i + 4), f"{name} {low:.4g} .. {high:.4g}, now {values[-1]:.4g}", 0)
+        draw.text((5, 70 * i + 3), f"{name} {low:.4g} .. {high:.4g}, now {values[-1]:.4g}", 0)
     return image
 
 def image_grid(images, columns):
@@ -934,7 +934,7 @@ def learning_rate(cfg, step):
     return cfg.lr * min(1, rise, fall)
 
 def optimise(scaler, optimiser, net, lr):
-    """One step on the gradients at hand; their norm is held below 1."""
+    """One step on the gradients at hand, their norm held below 1; then they are zeroed."""
     optimiser.param_groups[0]["lr"] = lr
     scaler.unscale_(optimiser)  # undoes fp16's scaling: clipping needs the norm
     nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -974,8 +974,8 @@ def compile_network(net, cfg, device):
 
 # ---- 11. Stage 1: the autoencoder ---------------------------------------------------------------
 # VQGAN, arXiv 2012.09841, section 3.1: reconstruction + LPIPS + latent terms + GAN; as in its code
-# the GAN starts late, and Adam has these betas. Its GAN weight is adaptive, ours fixed but for a
-# ramp: a critic that knows nothing yet would only do harm.
+# the GAN starts late, and Adam has these betas. Its GAN weight is adaptive, ours fixed after a ramp
+# of 1000 steps: a critic that knows nothing yet would only do harm.
 
 LPIPS_WEIGHTS = Path(__file__).resolve().with_name("lpips_weights.pth")
 
@@ -1010,19 +1010,19 @@ def train_ae(cfg):
     torch.manual_seed(cfg.seed)
     ae = place(build_autoencoder(cfg), device)
     disc = place(PatchGAN(cfg.channels), device)
-    opt = torch.optim.Adam(ae.parameters(), betas=(0.5, 0.9), fused=True)
+    opt = torch.optim.Adam(ae.parameters(), betas=(0.5, 0.9), fused=True)  # lr: see optimise
     opt_d = torch.optim.Adam(disc.parameters(), betas=(0.5, 0.9), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16 underflows
     run = Run(cfg, "ae", dict(net=ae, disc=disc, opt=opt, opt_d=opt_d, scaler=scaler))
     run.resume()
     compile_network(ae, cfg, device)
 
-    for step in run.steps():
+    for step in run.steps():  # up to cfg.steps; Ctrl-C saves, then stops
         torch.manual_seed(cfg.seed * 1_000_003 + step)  # resumed or not: same numbers
         lr = learning_rate(cfg, step)
         weights["gan"] = cfg.gan_weight * min(1, max(0, step - cfg.disc_start) / 1000)
         adversarial = weights["gan"] > 0
-        if cfg.ae == "vq" and step % 100 == 1:  # codes that the last 100 did not use
+        if cfg.ae == "vq" and step % 100 == 1:  # moves codes that the last 100 steps did not use
             with torch.no_grad(), autocast(device, dtype):
                 ae.restart_codes(ae.encode(draw_images(images, cfg, device)))
 
@@ -1038,7 +1038,7 @@ def train_ae(cfg):
                 if adversarial:
                     disc.requires_grad_(False)  # gradients pass, none stay
                     terms["gan"] = generator_loss(cfg.gan, disc(x_rec))
-                    disc.requires_grad_(True)  # for (2); this graph is built
+                    disc.requires_grad_(True)  # for (2); the graph of (1) is made
                 loss = sum(weights[name] * term for name, term in terms.items())
             scaler.scale(loss / cfg.accum).backward()  # / accum: the sum becomes a mean
 
@@ -1056,7 +1056,7 @@ def train_ae(cfg):
             optimise(scaler, opt_d, disc, lr)
         scaler.update()  # fp16: a smaller scale after an overflow, at times a larger one
 
-        if run.due() or run.due(cfg.save_every):
+        if run.due() or run.due(cfg.save_every):  # every 100 steps, and before saving
             with torch.no_grad(), autocast(device, dtype):
                 z = ae.encode(preview)
                 preview_rec = ae.decode(z).clamp(-1, 1)
@@ -1070,7 +1070,7 @@ def train_ae(cfg):
 
 
 # ---- 12. Stage 2: diffusion on the latents ------------------------------------------------------
-# The autoencoder is frozen, so each image is encoded once. The loss is DDPM Eq. 14, for v or eps.
+# The autoencoder is frozen, so each image is encoded once. The loss: DDPM Eq. 14, or that for v.
 
 def load_autoencoder(path, device):
     """The autoencoder of a checkpoint ae.pt, frozen, and its settings. Raises UserError."""
@@ -1084,7 +1084,7 @@ def load_latents(cfg, ae, images, device, dtype):
     """Latents of the images, with cfg.flip also of the mirrored ones: (N or 2N, D, h, w), float16.
     From <out>/latents.pt if these images and this autoencoder made it, else encoded now."""
     path = Path(cfg.out, "latents.pt")
-    name = fingerprint(cfg.ae_fingerprint, cfg.flip, images.movedim(1, -1))  # as it lies
+    name = fingerprint(cfg.ae_fingerprint, cfg.flip, images.movedim(1, -1))  # NHWC: no copy
     saved = load_file(path, "latents") if path.exists() else {}
     if name not in saved:
         print(f"encoding {len(images)} images")
@@ -1107,8 +1107,8 @@ def train_ldm(cfg):
     cfg.ae_settings = asdict(ae_cfg)
     torch.manual_seed(cfg.seed)
     ldm = place(LatentDiffusion(cfg, ae_cfg, ae), device).requires_grad_(False)
-    unet = copy.deepcopy(ldm.unet).requires_grad_(True)  # trained; ldm.unet is the EMA
-    opt = torch.optim.Adam(unet.parameters(), betas=(0.9, 0.99), fused=True)  # lr: in optimise
+    unet = copy.deepcopy(ldm.unet).requires_grad_(True)  # the one trained; ldm.unet: its average
+    opt = torch.optim.Adam(unet.parameters(), betas=(0.9, 0.99), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(cfg, "ldm", dict(net=unet, ldm=ldm, opt=opt, scaler=scaler))
     run.resume()
@@ -1117,7 +1117,7 @@ def train_ldm(cfg):
     print(f"latents {tuple(z_all.shape)}, mean {ldm.mean.flatten()}, std {ldm.std.flatten()}")
     compile_network(unet, cfg, device)
 
-    for step in run.steps():
+    for step in run.steps():  # up to cfg.steps; Ctrl-C saves, then stops
         torch.manual_seed(cfg.seed * 1_000_003 + step)  # resumed or not: same numbers
         for _ in range(cfg.accum):  # gradients add up over these; one step follows
             z = z_all[torch.randint(len(z_all), (cfg.batch,), device=device)]
@@ -1133,7 +1133,7 @@ def train_ldm(cfg):
         scaler.update()
         update_ema(ldm.unet, unet, step)
 
-        if run.due() or run.due(cfg.save_every):
+        if run.due() or run.due(cfg.save_every):  # every 100 steps, and before saving
             run.log()
         if run.due(cfg.save_every):
             run.save(ldm.sample(16, cfg.seed, dtype=dtype))

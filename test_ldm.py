@@ -130,8 +130,7 @@ def words(given):
             yield from map(str, value if isinstance(value, tuple) else [value])
 
 def command(*line):
-    """Runs a command line. Exit code 2 becomes a UserError that holds the one line on stderr, 130
-    a KeyboardInterrupt."""
+    """Runs a command line. Exit code 2 becomes a UserError with its line, 130 KeyboardInterrupt."""
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr):
         code = ldm.main([*line])
@@ -197,8 +196,6 @@ def test_importing_is_silent_and_finds_the_weights_behind_a_link(capfd, monkeypa
     assert capfd.readouterr() == ("", "") and os.listdir() == ["link.py"]
 
 # ---- 1. Settings --------------------------------------------------------------------------------
-CONFIGS = [ldm.AEConfig, ldm.LDMConfig, ldm.SampleConfig, ldm.RunConfig]
-
 def flags(cls):
     """The fields of a dataclass that are on the command line."""
     return [f for f in fields(cls) if f.metadata]
@@ -223,7 +220,7 @@ def test_settings_are_default_then_preset_then_given():
     for amp, dtype in (("auto", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         assert ldm.pick_device(ldm.RunConfig(amp=amp)) == (CPU, dtype)  # auto: there is no GPU
 
-@each("cls", CONFIGS)
+@each("cls", [ldm.AEConfig, ldm.LDMConfig, ldm.SampleConfig, ldm.RunConfig])
 def test_every_setting_takes_right_values_and_refuses_wrong_ones(cls):
     """Another type, not among the choices, out of range, not finite: the flag is named."""
     wrong = [{f.name: value} for f in flags(cls) for value in wrong_values(f)]
@@ -313,8 +310,7 @@ def test_shrinking_while_decoding_changes_a_jpeg_little():
     assert np.abs(ldm.decode_image("a.jpg", 32, 3) - np.asarray(whole, float)).mean() < 1.5
 
 def test_good_files_of_a_folder_are_read_and_bad_ones_named(capsys):
-    """Odd names, subfolders; torn, fake, float pictures are named and skipped, so are links to
-    nothing."""
+    """Odd names, subfolders; torn, fake, float pictures, links to nothing are skipped."""
     Path("in/deep").mkdir(parents=True)
     good = ("deep/with space.png", "ünïcode 顔.png", "new\nline.png", "UPPER.PNG", "a.bmp")
     for i, name in enumerate(good):
@@ -461,7 +457,7 @@ def vq():
 
 @pytest.fixture
 def vae():
-    """A VAE without networks: x_rec is z, and the encoder's answer is set by the test."""
+    """x_rec is z, and the encoder's answer is set by the test."""
     vae = ldm.VAE(1, (8, 8), 1, 2)
     vae.decoder = nn.Identity()
     return vae
@@ -699,9 +695,9 @@ def test_dpm_step_equals_the_published_formula():
     h = math.log(alpha_t / sigma_t) - math.log(alpha / sigma)
     r = (math.log(alpha / sigma) - math.log(alpha_b / sigma_b)) / h
     second = (1 + 1 / (2 * r)) * z0 - 1 / (2 * r) * z0_before
-    for before, D in (((950, z0_before), second), (None, z0)):
+    for previous, D in (((950, z0_before), second), (None, z0)):
         expected = sigma_t / sigma * z_t - alpha_t * (math.exp(-h) - 1) * D
-        close(s.dpm_step(z0, z_t, 900, 800, before), expected)
+        close(s.dpm_step(z0, z_t, 900, 800, previous), expected)
     close(s.dpm_step(z0, z_t, 30, -1, (60, z0_before)), z0)
 
 # ---- 8. UNet, and the latent diffusion model ----------------------------------------------------
@@ -755,7 +751,7 @@ def test_sampled_image_does_not_depend_on_n_or_batch(sampler):
     images = torch.cat([x, model.sample(2, 4, sampler, 4)]).flatten(1)
     assert (torch.cdist(images, images) + torch.eye(7)).min() > 0.1
 
-def test_unknown_samplers_and_targets_are_refused():
+def test_unknown_names_are_refused():
     """Not silently replaced by others."""
     with refused("DDIM"):
         toy_ldm(4).sample(1, 0, sampler="DDIM")
@@ -765,8 +761,7 @@ def test_unknown_samplers_and_targets_are_refused():
 # ---- 9. Runs ------------------------------------------------------------------------------------
 @each("stage, term", [("ae", "recon"), ("ldm", "loss")])
 def test_run_folder_has_what_was_asked_for(train, stage, term):
-    """Rows every 100 steps (here 2), pictures every --save-every, at the end both; curves. A row is
-    the mean since the last one."""
+    """Rows every 100 steps (here 2), means of these; pictures every --save-every; curves."""
     ckpt = train(stage, steps=7, save_every=3, accum=2)
     assert ckpt["step"] == ckpt["parts"]["opt"]["state"][0]["step"] == 7
     assert [row["step"] for row in ckpt["log"]] == [2, 3, 4, 6, 7]
@@ -790,8 +785,7 @@ def test_log_keeps_no_graph():
     ("ae", dict(accum=2)), ("ae", dict(ae="kl", gan_weight=1.0, disc_start=1)), ("ldm", {}),
     ("ldm", dict(accum=2, target="eps", flip=False))], ids=str)
 def test_stopped_and_resumed_equals_one_go(train, stage, settings, monkeypatch):
-    """Two steps, then two more: every tensor and every row is that of four steps, bit for bit;
-    also if the older checkpoint is put back."""
+    """Two steps, then two more, from one checkpoint, twice: bit for bit those of four steps."""
     once, path = train(stage, "once", **settings), Path(f"new/{stage}.pt")
     signal_at(monkeypatch, 1)
     with pytest.raises(KeyboardInterrupt):
@@ -807,8 +801,7 @@ def test_stopped_and_resumed_equals_one_go(train, stage, settings, monkeypatch):
 
 @each("number", SIGNALS)
 def test_a_signal_saves(train, monkeypatch, number):
-    """Ctrl-C, kill and a closed terminal end the run one step later, with a checkpoint and exit
-    code 130."""
+    """Ctrl-C, kill and a closed terminal save one step later and exit with code 130."""
     signal_at(monkeypatch, 2, number)
     for stage in ("ae", "ldm"):
         with pytest.raises(KeyboardInterrupt):
@@ -832,16 +825,15 @@ def test_resuming_refuses_other_settings_but_not_those_that_change_nothing(train
     """Each other setting is named; the checkpoint stays as it is."""
     path, content = out / f"{stage}.pt", torch.load(out / f"{stage}.pt")
     (ckpt,) = content.values()
-    config, free = ckpt["config"], ["out", "data", "data_root", "steps", "amp", "compile",
-                                    "save_every"]
-    for name in set(config) - set(free):
+    config, free = ckpt["config"], "out data data_root steps amp compile save_every"
+    for name in set(config) - set(free.split()):
         ckpt["config"] = config | {name: "other"}
         torch.save(content, path)
         before = path.read_bytes()
         with refused(name.replace("_", "[-_]")):
             train(stage, "out", steps=9)
         assert path.read_bytes() == before, name
-    ckpt["config"] = config | dict.fromkeys(free, "other")
+    ckpt["config"] = config | dict.fromkeys(free.split(), "other")
     torch.save(content, path)
     assert train(stage, "out", steps=6)["step"] == 6
 
@@ -954,8 +946,7 @@ def test_ema_warms_up_then_keeps_its_limit():
 
 @each("offset, spread", [(0, 1), (30, 2), (100, 0), (30, 1e-4)])
 def test_compiling_changes_neither_answers_nor_gradients_nor_names(monkeypatch, offset, spread):
-    """On a GPU norms become one-pass ones, with the same weights: equal to nn.GroupNorm also far
-    from 0, and finite for groups that are flat."""
+    """On a GPU norms become one-pass ones: equal also far from 0, finite for flat groups."""
     monkeypatch.setattr(nn.Module, "compile", always(None))
     nets, results = [nn.Sequential(nn.GroupNorm(8, 64)) for _ in range(2)], []
     nets[1].load_state_dict(shaken(nets[0]).state_dict())
@@ -988,7 +979,7 @@ def test_both_stages_learn(train, stage, term, settings):
 def test_stage_1_sees_the_training_images_and_no_others(train, monkeypatch, data, flip, faces):
     """Never a held-out one; all of a small folder; with --flip each is mirrored on its own."""
     if data == "toyfaces":
-        monkeypatch.setattr(ldm, "toyfaces", always(ldm.toyfaces(range(9216), 16)))
+        monkeypatch.setattr(ldm, "toyfaces", always(ldm.toyfaces(range(10000), 16)))
     seen = spy(monkeypatch, ldm.VQVAE, "forward")
     data = {"faces": str(faces)}.get(data, data)
     cfg = ldm.AEConfig(**train("ae", steps=10, batch=100, flip=flip, data=data)["config"])
@@ -1095,8 +1086,7 @@ def test_adversarial_loss_joins_in_after_disc_start(train):
     assert ckpt["parts"]["opt_d"]["state"][0]["step"] == 2
 
 def test_pictures_of_one_colour_train_without_nan(train):
-    """Flat pictures give flat latents: both stages, samples and figures stay finite; eval finds
-    the pictures from any folder."""
+    """Stages, samples and figures stay finite; eval finds the pictures from any folder."""
     Path("flat").mkdir()
     for i in range(12):
         Image.new("RGB", (16, 16), "red").save(f"flat/{i}.png")
@@ -1312,13 +1302,34 @@ def test_readme_commands_are_accepted(line):
 
 def test_readme_notebook_cell_runs(monkeypatch):
     """Copied into a notebook it trains both stages."""
-    def noise(indices, size):  # drawing and encoding 9216 faces takes some seconds
-        return torch.randint(256, (len(indices) // 8, 3, size, size), dtype=torch.uint8)
-
-    monkeypatch.setattr(ldm, "toyfaces", noise)
+    noise = torch.randint(256, (1000, 3, 32, 32), dtype=torch.uint8)  # quicker than faces
+    monkeypatch.setattr(ldm, "toyfaces", always(noise))
     for cell in re.findall(r"```python\n(.*?)```", README, re.S):
         exec(cell, {})
     assert {path.name for path in Path().rglob("*.pt")} == {"ae.pt", "ldm.pt", "latents.pt"}
+
+@each("name, graders", [
+    ("quantise", "quantiser"), ("add_noise", "inverts"), ("z0_and_eps", "inverts samplers"),
+    ("ddim_step", "samplers"), ("generator_loss", "gan_losses"), ("sinusoids", "sinusoids"),
+    ("discriminator_loss", "gan_losses"), ("learning_rate", "learning_rate_rises")])
+def test_homework_fails_its_own_tests_and_no_others(monkeypatch, name, graders):
+    """With one body blanked by the README's script, the tests that it names fail, others pass."""
+    class Plugin:
+        def pytest_runtest_logreport(self, report):
+            failed.update(word for word in graded if report.failed and word in report.nodeid)
+
+    graded, script = re.search(r"grades them: (.*?)\n\n```\n(.*?)```", README, re.S).groups()
+    graded, failed = re.findall("`(.+?)`", graded), set()
+    Path("ldm.py").write_text(TEXT)
+    exec(re.sub(f'blank = ".*{name}.*"', f'blank = "{name}"', script), {})
+    blanked = {"__name__": "blanked", "__file__": ldm.__file__}
+    exec(Path("ldm.py").read_text(), blanked)
+    owner = next((k for k in ("VQVAE", "NoiseScheduler") if hasattr(blanked[k], name)), None)
+    theirs = getattr(blanked[owner], name) if owner else blanked[name]
+    monkeypatch.setattr(getattr(ldm, owner) if owner else ldm, name, theirs)
+    words = f"({' or '.join(graded)}) and not homework and not reproduce"
+    pytest.main([__file__, "-qq", "--tb=no", "-pno:cacheprovider", "-k", words], [Plugin()])
+    assert failed == set(graders.split()), "not blanked, or not graded by these tests alone"
 
 def test_readme_shows_small_pictures_that_exist():
     """And no others lie in assets; they take less than 1 MB in all."""
