@@ -58,7 +58,7 @@ def flag(default, help, *choices, low=1, high=10 ** 9):
 
 @dataclass
 class RunConfig:
-    data: str = flag("toyfaces", "toyfaces, mnist, celebhq, or a folder of pictures")
+    data: str = flag("toyfaces", "toyfaces, mnist (both have PRESETS), celebhq, or a folder")
     data_root: str = flag("data", "folder that holds the data sets and the image cache")
     out: str = flag(None, "run folder; if not given: runs/DATA")
     seed: int = flag(0, "seed of weights, batches and noise", low=0)
@@ -112,11 +112,12 @@ class SampleConfig(RunConfig):
     sampler: str = flag("dpm", "DDPM, DDIM, DPM-Solver++(2M)", "ddpm", "ddim", "dpm")
     steps: int = flag(30, "denoising steps; ddpm wants all 1000", high=1000)
 
-PRESETS = {  # what differs from the defaults above
+PRESETS = {  # what differs from the defaults above; so small, compiling takes longer than it saves
     ("toyfaces", AEConfig): dict(  # l2: with l1, a median, lips vanish
         size=32, widths=(16, 32, 32), layers=1, z_channels=3, codebook_size=512, recon="l2",
-        perceptual_weight=0.0, gan_weight=0.0, batch=8, steps=3000, lr=2e-3, save_every=500),
-    ("toyfaces", LDMConfig): dict(widths=(48, 64, 96), layers=1, batch=64, steps=1100, lr=2e-3),
+        perceptual_weight=0.0, gan_weight=0.0, batch=8, steps=3000, lr=2e-3, compile=False),
+    ("toyfaces", LDMConfig): dict(
+        widths=(48, 64, 96), layers=1, batch=64, steps=1100, lr=2e-3, compile=False),
     ("mnist", AEConfig): dict(  # 28 can be halved twice, to 7
         size=28, channels=1, widths=(32, 64, 64), z_channels=3, codebook_size=256, flip=False,
         perceptual_weight=0.0, gan_weight=0.0, batch=128, steps=1000, lr=1e-3, compile=False),
@@ -148,8 +149,7 @@ def resolve(cls, given):
         cfg.out = str(Path("runs", Path(data).resolve().name))
     if issubclass(cls, TrainConfig):
         there = next(p for p in (Path(cfg.out), *Path(cfg.out).parents) if p.exists())
-        fine = there.is_dir() and os.access(there, os.W_OK)
-        require(fine, "out", cfg.out, f"{there.absolute()} is no folder to write to")
+        require(there.is_dir() and os.access(there, os.W_OK), "out", there, "no folder to write to")
         cfg.widths = tuple(cfg.widths)
         fine = len(cfg.widths) > 1 and all(c in range(4, 10000, 4) for c in cfg.widths)
         require(fine, "widths", cfg.widths, "give two or more multiples of 4 (heads)")

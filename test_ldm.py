@@ -1308,7 +1308,7 @@ def test_readme_notebook_cell_runs(monkeypatch):
         exec(cell, {})
     assert {path.name for path in Path().rglob("*.pt")} == {"ae.pt", "ldm.pt", "latents.pt"}
 
-@each("name, graders", [
+@each(ids="abcdefgh", argnames="name, graders", argvalues=[
     ("quantise", "quantiser"), ("add_noise", "inverts"), ("z0_and_eps", "inverts samplers"),
     ("ddim_step", "samplers"), ("generator_loss", "gan_losses"), ("sinusoids", "sinusoids"),
     ("discriminator_loss", "gan_losses"), ("learning_rate", "learning_rate_rises")])
