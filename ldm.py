@@ -82,7 +82,7 @@ class AEConfig(TrainConfig):
     channels: int = flag(3, "image channels: 3 colour, 1 grey", 1, 3)
     widths: tuple = flag((64, 64, 128, 256), "channels, image to latent, halving in between")
     z_channels: int = flag(4, "latent channels")
-    codebook_size: int = flag(16384, "vectors in the codebook (vq)")
+    codebook_size: int = flag(16384, "vectors in the codebook (vq)", high=10 ** 6)
     recon: str = flag("l1", "reconstruction loss", "l1", "l2")
     codebook_weight: float = flag(1.0, "weight of the codebook loss (vq)", low=0)
     commit_weight: float = flag(0.25, "weight of the commitment loss (vq)", low=0)
