@@ -112,7 +112,7 @@ class SampleConfig(RunConfig):
     sampler: str = flag("dpm", "DDPM, DDIM, DPM-Solver++(2M)", "ddpm", "ddim", "dpm")
     steps: int = flag(30, "denoising steps; ddpm wants all 1000", high=1000)
 
-PRESETS = {  # what differs from the defaults above; so small, compiling takes longer than it saves
+PRESETS = {  # what differs from the above; compiling would take longer than it saves
     ("toyfaces", AEConfig): dict(  # l2: with l1, a median, lips vanish
         size=32, widths=(16, 32, 32), layers=1, z_channels=3, codebook_size=512, recon="l2",
         perceptual_weight=0.0, gan_weight=0.0, batch=8, steps=3000, lr=2e-3, compile=False),
@@ -136,7 +136,7 @@ def resolve(cls, given):
     """The defaults, then the data set's preset, then what is given, checked. Raises UserError."""
     data = given.get("data", cls.data)
     cfg = cls(**PRESETS.get((data, cls), {}) | given)
-    for f in [f for f in fields(cls) if f.metadata]:  # without metadata: no flag
+    for f in [f for f in fields(cls) if f.metadata]:  # others are no flags
         value, rule = getattr(cfg, f.name), f.metadata
         if rule["choices"]:
             require(value in rule["choices"], f.name, value, f"give one of {rule['choices']}")
@@ -541,7 +541,7 @@ class LPIPS(nn.Module):
         except Exception as error:  # no such file, a damaged one, no internet
             raise UserError(f"LPIPS needs {weights}, and vgg16-397923af.pth of download.pytorch.org"
                             f"/models in {torch.hub.get_dir()}/checkpoints ({error!r})") from error
-        net = models.vgg.make_layers(models.vgg.cfgs["D"], batch_norm=False)  # D: VGG16
+        net = models.vgg.make_layers(models.vgg.cfgs["D"], batch_norm=False)  # VGG16
         net.load_state_dict({k[9:]: w for k, w in vgg.items() if k.startswith("features.")})
         cuts = (0, 4, 9, 16, 23, 30)  # slices end with relu1_2, 2_2, 3_3, 4_3, 5_3
         self.slices = nn.ModuleList(net[a:b] for a, b in zip(cuts, cuts[1:]))
@@ -660,7 +660,7 @@ class NoiseScheduler(nn.Module):
     def timesteps(self, steps):
         """[(t, t_next), ...], evenly spaced from the noisiest step T-1 down to -1, clean."""
         t = np.linspace(self.T - 1, -1, steps + 1).round().astype(int).tolist()
-        return list(zip(t, t[1:]))  # 30 steps: (999, 966), (966, 932), .., (32, -1)
+        return list(zip(t, t[1:]))  # 30 steps: (999, 966), .., (32, -1)
 
     def ddpm_step(self, z0, z_t, t, t_next, noise):
         """Draws from q(z_next | z_t, z0), z0 the estimate: DDPM Eq. 6-7, for any t_next < t."""
@@ -967,7 +967,7 @@ def compile_network(net, cfg, device):
     if cfg.compile and device.type == "cuda":
         for module in net.modules():
             if isinstance(module, nn.GroupNorm):
-                module.__class__ = OnePassGroupNorm  # another forward; weights and names stay
+                module.__class__ = OnePassGroupNorm  # another forward, same weights
         # CUDA graphs launch all at once, but a replay overwrites the gradients that --accum adds up
         net.compile(dynamic=False, mode="reduce-overhead" if cfg.accum == 1 else "default")
 
