@@ -17,7 +17,7 @@ Letters, the same in code and tests, mostly those of the papers:
   B batch   C image channels   H W image height, width   D latent channels   h w latent size
   K codebook size   T diffusion steps   x image in [-1, 1]   z latent   eps Gaussian noise
   z_e, z_q latent before, after quantising   z0 normalised, z_t noisy   t step, 0 .. T-1
-  N images   c channels inside a network, where x may be any features   lambda = log(alpha / sigma)
+  N images   c channels inside a network, where x, h may be features   lambda = log(alpha / sigma)
   abar product of 1 - beta   alpha = sqrt(abar), not DDPM's 1 - beta   sigma = sqrt(1 - abar)
 
 To learn the subject, read sections 3 to 8, then 11 and 12 with the three short functions at the
@@ -358,12 +358,12 @@ class ResBlock(nn.Module):
     if heads > 0. t_dim: the width of a time embedding (B, t_dim), if there is one."""
     def __init__(self, c_in, c_out, t_dim=None, heads=0):
         super().__init__()
-        self.conv1 = norm_silu_conv(c_in, c_out, bias=False)  # biases come from the norms
+        self.conv1 = norm_silu_conv(c_in, c_out, bias=False)  # the next norm has a bias
         self.conv2 = norm_silu_conv(c_out, c_out, bias=False)
         self.time = nn.Linear(t_dim, c_out) if t_dim else None
         self.shortcut = nn.Conv2d(c_in, c_out, 1, bias=False) if c_in != c_out else nn.Identity()
         self.attention = Attention(c_out, heads) if heads > 0 else nn.Identity()
-        nn.init.zeros_(self.conv2[-1].weight)  # starts as the shortcut alone
+        nn.init.zeros_(self.conv2[-1].weight)  # starts near the shortcut
 
     def forward(self, x, t_emb=None):
         h = self.conv1(x)                                       # (B, c_out, H, W)
@@ -407,7 +407,7 @@ class UpBlock(nn.Module):
         self.blocks = Stack(*res_blocks(c_in + c_skip, c_out, layers, t_dim, heads))
 
     def forward(self, x, t_emb=None, skip=None):
-        x = self.up(x)                                          # (B, c_in, 2h, 2w)
+        x = self.up(x)                                          # (B, c_in, 2h, 2w) if up
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
         return self.blocks(x, t_emb)
@@ -418,7 +418,7 @@ class UpBlock(nn.Module):
 # decoder sees only K different vectors, and a commitment loss makes z_e gather around them; argmin
 # has no gradient, hence the straight-through trick. VAE (Kingma & Welling 2013, arXiv 1312.6114):
 # noise of a learned size is added to the mean, and a KL term keeps the mean so small that the noise
-# matters; z = mean + std eps (reparameterised), so that gradients reach both.
+# matters (little here: its weight is small); z = mean + std eps, so that gradients reach both.
 
 def build_encoder(channels, widths, layers, c_out):
     """Network: image (B, C, H, W) -> (B, c_out, h, w) with h = H / 2 ** (len(widths) - 1)."""
@@ -460,8 +460,8 @@ class VQVAE(nn.Module):
         return self.codebook(indices).movedim(-1, 1), indices
 
     def forward(self, x):
-        """x (B, C, H, W) in [-1, 1] -> reconstruction, {name: loss term}: Eq. 3 but for its first
-        term, the caller's. Both have one value, but codebook moves the codes, commit moves z_e."""
+        """x (B, C, H, W) in [-1, 1] -> reconstruction, {name: loss term}: Eq. 3's last two, without
+        beta. Equal in value, but the codebook term moves the codes, the commit term moves z_e."""
         z_e = self.encode(x)
         z_q, indices = self.quantise(z_e)
         self.usage.index_add_(0, indices.flatten(), z_e.new_ones(indices.numel()))  # += 1
@@ -481,8 +481,8 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def restart_codes(self, z_e):
-        """Codes that nothing picks get no gradient and stay dead: moves those unpicked since the
-        last call, the first time all, onto random z_e."""
+        """Codes that nothing picks get no gradient and stay dead. Moves all codes unpicked since
+        the last call (on the first call: every code) onto random z_e."""
         z = z_e.movedim(1, -1).flatten(0, 2)                    # (B*h*w, D)
         new = z[torch.randint(len(z), (len(self.usage),), device=z.device)]
         new = new + 0.01 * z.std() * torch.randn_like(new)  # no two alike
@@ -529,7 +529,7 @@ def build_autoencoder(cfg):
 
 class LPIPS(nn.Module):
     """Distance of two images as people see it: the `lpips` package with net="vgg", v0.1. Frozen.
-    weights: file of the five layers `lin`, which hold w^2 per channel. vgg: `features.*` weights
+    weights: file of w^2 per channel (1, c, 1, 1) for five layers `lin`. vgg: `features.*` weights
     of a VGG16; None: torchvision's (ImageNet). Raises UserError if one of the two cannot be had."""
     def __init__(self, weights="lpips_weights.pth", vgg=None):
         super().__init__()
@@ -599,7 +599,7 @@ def generator_loss(kind, fake):
     raise ValueError(f"no adversarial loss {kind!r}")
 
 def discriminator_loss(kind, real, fake):
-    """What the discriminator minimises, from scores of images, reconstructions; half: pix2pix."""
+    """What the discriminator minimises, from scores of images, reconstructions; / 2 as in Isola."""
     if kind == "hinge":
         return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
     if kind == "lsgan":
@@ -654,7 +654,7 @@ class NoiseScheduler(nn.Module):
         add_noise, solved by Cramer's rule. z0 is not clamped: latents have no fixed range."""
         alpha, sigma = self.alpha_sigma(t)
         w_z0, w_eps = self.target_weights(alpha, sigma)
-        det = alpha * w_eps - sigma * w_z0  # v: 1; eps: alpha, at T-1 1/84: errors grow 84-fold
+        det = alpha * w_eps - sigma * w_z0  # v: 1; eps: alpha (1/84 at T-1: errors grow 84-fold)
         return (w_eps * z_t - sigma * pred) / det, (alpha * pred - w_z0 * z_t) / det
 
     def timesteps(self, steps):
@@ -699,7 +699,7 @@ class UNet(nn.Module):
         c = widths[0]
         t_dim = 4 * c  # as in DDPM's code
         self.time = nn.Sequential(nn.Linear(c, t_dim), nn.SiLU(),
-                                  nn.Linear(t_dim, t_dim), nn.SiLU())  # one for all ResBlocks
+                                  nn.Linear(t_dim, t_dim), nn.SiLU())  # SiLU here, not per block
         self.conv_in = nn.Conv2d(z_channels, c, 3, padding=1)
         halvings = [i < downs for i in range(len(widths) - 1)]  # True True True
         self.down_blocks = nn.ModuleList()  # 192 -> 256 -> 384 -> 512
@@ -744,7 +744,7 @@ class LatentDiffusion(nn.Module):
 
     def measure(self, z):
         """Takes mean and std per channel from latents z (N, D, h, w). The schedule is for variance
-        1: larger ones would show through at t = T-1, smaller ones drown early (LDM, app. G)."""
+        1: larger variances show through at t = T-1, smaller ones drown early (LDM, app. G)."""
         std, mean = torch.std_mean(z.float(), (0, 2, 3), keepdim=True)
         self.mean.copy_(mean)
         self.std.copy_(std.clamp(min=1e-6))  # a channel may be flat
