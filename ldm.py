@@ -235,7 +235,7 @@ def new_file(path):
     """A file to write under a temporary name, renamed at the end: it is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob("*.[0-9]*.tmp"):
-        if time.time() - old.stat().st_mtime > 600:  # not of a living process
+        if time.time() - old.stat().st_mtime > 600:  # its process was killed
             old.unlink(missing_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
