@@ -280,7 +280,7 @@ def load_folder(folder, size, channels, cache_folder):
         with new_file(cache) as file, ThreadPoolExecutor(4) as pool:
             file.writelines(pool.map(decode, [names[i] for i in order]))
             require(file.tell() >= least, "data", folder, "has fewer than three readable pictures")
-    images = torch.from_file(str(cache), size=cache.stat().st_size, dtype=torch.uint8)  # read on demand
+    images = torch.from_file(str(cache), size=cache.stat().st_size, dtype=torch.uint8)  # on demand
     images = images.view(-1, size, size, channels).permute(0, 3, 1, 2)  # (N, C, H, W)
     print(f"{folder}: {len(images)} pictures, {len(names) - len(images)} more are unreadable")
     return images, data_name
