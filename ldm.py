@@ -52,7 +52,7 @@ from torchvision.transforms import functional as TF
 # for 256x256 photos (celebhq, or your own folder); PRESETS says what differs for the small sets.
 
 def flag(default, help, *choices, low=1, high=10 ** 9):
-    """A setting: default, help, and what it may be: one of the choices after it, or low .. high."""
+    """A setting: default, help, and what it may be: one of choices if given, else low .. high."""
     rule = dict(help=help, choices=choices or None, low=low, high=high)
     return field(default=default, metadata=rule)
 
@@ -111,9 +111,9 @@ class SampleConfig(RunConfig):
     batch: int = flag(64, "images at once on the device", high=10 ** 5)
     sampler: str = flag("dpm", "DDPM, DDIM, DPM-Solver++(2M)", "ddpm", "ddim", "dpm")
     steps: int = flag(30, "denoising steps; ddpm wants all 1000", high=1000)
-    guidance: float = flag(1.5, "how far away from the early UNet; 1: off", low=0, high=10)
+    guidance: float = flag(1.5, "1: UNet alone; more: away from its early self", low=0, high=10)
 
-PRESETS = {  # what differs from the above; compiling would take longer than it saves
+PRESETS = {  # what differs from the above; too short to be worth compiling
     ("toyfaces", AEConfig): dict(  # l2: with l1, a median, lips vanish
         size=32, widths=(16, 32, 32), layers=1, z_channels=3, codebook_size=512, recon="l2",
         perceptual_weight=0.0, gan_weight=0.0, batch=8, steps=3000, lr=2e-3, compile=False),
@@ -151,6 +151,7 @@ def resolve(cls, given):
     if issubclass(cls, TrainConfig):
         there = next(p for p in (Path(cfg.out), *Path(cfg.out).parents) if p.exists())
         require(there.is_dir() and os.access(there, os.W_OK), "out", there, "no folder to write to")
+        require(Path(cfg.out) != Path(data), "out", cfg.out, "give another than --data")
         cfg.widths = tuple(cfg.widths)
         fine = len(cfg.widths) > 1 and all(c in range(4, 10000, 4) for c in cfg.widths)
         require(fine, "widths", cfg.widths, "give two or more multiples of 4 (heads)")
@@ -262,7 +263,7 @@ def load_folder(folder, size, channels, cache_folder):
     require(len(names) > 2, "data", folder, f"has {len(names)} pictures (but those of runs)")
     stats = [(folder / name).stat() for name in names]
     data_name = f"{len(names)} files, {fingerprint(names, [s.st_size for s in stats])}"
-    version = fingerprint(data_name, [s.st_mtime for s in stats])  # a copy: new times
+    version = fingerprint(data_name, [s.st_mtime for s in stats])
     cache = cache_folder / f"{version}-{size}x{size}x{channels}.uint8"
     def decode(name):
         try:
@@ -283,11 +284,11 @@ def load_folder(folder, size, channels, cache_folder):
     return images, data_name
 
 def load_images(cfg):
-    """(training images, held-out images), uint8; held out is a tenth, 1000 at most. Makes paths in
+    """(training images, held-out images), uint8; held out is a tenth, 2 to 1000. Makes paths in
     cfg absolute, notes cfg.data_name; UserError if another is noted: the two parts would mix."""
     root = Path(cfg.data_root).absolute()
     cfg.data_root = str(root)  # so that `eval` finds it from any folder
-    data_name = cfg.data  # the name of a built-in set says all
+    data_name = cfg.data  # for a built-in set
     if cfg.data == "toyfaces":
         images = toyfaces(range(10000), cfg.size)
     elif cfg.data == "mnist":
@@ -342,13 +343,12 @@ class Attention(nn.Module):
         nn.init.zeros_(self.proj.weight)  # starts near the identity: gradients pass
 
     def forward(self, x):
-        B, c, h, w = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)        # (B, h*w, c)
         qkv = self.qkv(tokens).unflatten(2, (3 * self.heads, -1))  # (B, h*w, 3*heads, c/heads)
         q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)  # (B, heads, h*w, c/heads)
         out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(c/heads)) v
         out = self.proj(out.transpose(1, 2).flatten(2))         # (B, h*w, c)
-        return x + out.transpose(1, 2).unflatten(2, (h, w))
+        return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
 
 class ResBlock(nn.Module):
     """(B, c_in, H, W) -> (B, c_out, H, W): two convolutions and a shortcut around them, attention
@@ -609,7 +609,7 @@ def discriminator_loss(kind, real, fake):
 # DDPM: Ho et al. 2020, arXiv 2006.11239. DDIM: Song et al. 2020, 2010.02502. DPM-Solver++(2M): Lu
 # et al. 2022, 2211.01095. A squared error is least for the mean of all eps that fit z_t. That mean
 # is -sigma times the score, the gradient of log p(z_t): plain regression finds the direction in
-# which the data lie. One jump from noise would end at the average face; a step decides a little.
+# which the data lie. One jump from noise would end at the average image; a step decides a little.
 
 class NoiseScheduler(nn.Module):
     """z_t = alpha z0 + sigma eps. t = 0 .. T-1 are the papers' 1 .. T: t = 0 has one step of noise,
@@ -702,8 +702,8 @@ class UNet(nn.Module):
         self.mid = MidBlock(widths[-1], widths[-2], layers, t_dim)  # 512 -> 384
         self.up_blocks = nn.ModuleList()  # narrower than the way down: cheaper
         up_widths = [*widths[-2::-1], c]  # 384 256 192, as wide as the skips, and 192 again
-        for c_in, c_out, halve in zip(up_widths, up_widths[1:], halvings[::-1]):
-            self.up_blocks.append(UpBlock(c_in, c_out, layers, t_dim, 4, up=halve, c_skip=c_in))
+        for c_in, c_out, double in zip(up_widths, up_widths[1:], halvings[::-1]):
+            self.up_blocks.append(UpBlock(c_in, c_out, layers, t_dim, 4, up=double, c_skip=c_in))
         self.out = norm_silu_conv(c, z_channels)
         nn.init.zeros_(self.out[-1].weight)  # first answers near 0, loss near 1
 
@@ -720,9 +720,9 @@ class UNet(nn.Module):
         return self.out(x).float()                              # (B, D, h, w)
 
 class LatentDiffusion(nn.Module):
-    """What makes images: a UNet, a noise scheduler, an autoencoder, mean and std of its latents.
-    cfg: an LDMConfig, ae_cfg: the AEConfig of ae. guide: the UNet early in training. It errs like
-    unet, but more: `sample` moves away from it (autoguidance, Karras et al. 2024, 2406.02507)."""
+    """UNet, noise scheduler, autoencoder, mean and std of its latents; cfg: LDMConfig, ae_cfg:
+    AEConfig. unet: an average of the trained weights, guide: that after a fifth of the steps. It
+    errs alike, but more: `sample` goes away from it (autoguidance, Karras et al., 2406.02507)."""
     def __init__(self, cfg, ae_cfg, ae):
         super().__init__()
         D = ae_cfg.z_channels
@@ -739,7 +739,7 @@ class LatentDiffusion(nn.Module):
         self.register_buffer("std", torch.ones(1, D, 1, 1))
 
     def measure(self, z):
-        """Takes mean and std per channel from latents z (N, D, h, w). The schedule is for variance
+        """Sets mean and std, per channel, from latents z (N, D, h, w). The schedule is for variance
         1: larger variances show through at t = T-1, smaller ones drown early (LDM, app. G)."""
         self.std, self.mean = torch.std_mean(z.float(), (0, 2, 3), keepdim=True)
         self.std.clamp_(min=1e-6)  # a channel may be flat
@@ -756,8 +756,8 @@ class LatentDiffusion(nn.Module):
     def sample(self, n, seed, sampler="dpm", steps=30, batch=64, dtype=None, trace=None,
                guidance=1.5):
         """Noise -> `n` images (n, C, H, W) in [-1, 1], on the CPU. Image i has a noise generator of
-        its own: but for rounding, it does not depend on n or batch. `trace`, a list, gets (z_t,
-        estimate of z0) of the first four. sampler: ddpm, ddim, dpm. guidance: 1 is none."""
+        its own: but for rounding, the image does not depend on n or batch. `trace`, a list, gets
+        (z_t, estimate of z0) of the first four. sampler: ddpm, ddim, dpm. guidance 1: none."""
         require(sampler in ("ddpm", "ddim", "dpm"), "sampler", sampler, "give ddpm, ddim or dpm")
         device = self.mean.device
         def draw_noise(generators):
@@ -773,8 +773,8 @@ class LatentDiffusion(nn.Module):
             with autocast(device, dtype):
                 for t, t_next in self.scheduler.timesteps(steps):
                     t_now = torch.full((len(own),), t, device=device)
-                    weak = self.guide(z_t, t_now)
-                    pred = weak + guidance * (self.unet(z_t, t_now) - weak)
+                    guide = self.guide(z_t, t_now)
+                    pred = guide + guidance * (self.unet(z_t, t_now) - guide)
                     z0, eps = self.scheduler.z0_and_eps(pred, z_t, t)
                     if trace is not None and i == 0:
                         trace.append((z_t[:4].clone(), z0[:4].clone()))
@@ -791,7 +791,7 @@ class LatentDiffusion(nn.Module):
 
 # ---- 9. Runs: a folder with checkpoints, a log, curves and pictures -----------------------------
 # A stopped run goes on with the same command: batches and noise depend on seed and step alone.
-# What may differ then (data: cfg.data_name must not; steps: moves the fall of the learning rate):
+# What may differ then (data: the path, not its files; steps moves learning rate and guide's end):
 MAY_CHANGE = ["out", "data", "data_root", "steps", "amp", "compile", "save_every"]
 
 def save_file(path, kind, content):
@@ -988,9 +988,9 @@ def codebook_use(picks):
     return 100 * (p > 0).float().mean(), torch.special.entr(p).sum().exp()  # entr(p) = -p log p
 
 def draw_images(images, cfg, device):
-    """A random batch (B, C, H, W) in [-1, 1], with cfg.flip half of it mirrored."""
+    """A random batch (B, C, H, W) in [-1, 1], with cfg.flip each mirrored or not by chance."""
     x = images[torch.randint(len(images), (cfg.batch,))]
-    if device.type == "cuda":  # from pinned memory, so that Python need not wait: 7 % less time
+    if device.type == "cuda":  # pinned: copied while Python goes on, 7 % less time
         x = x.pin_memory().to(device, non_blocking=True)
     x = to_float(x, device)
     if cfg.flip:
@@ -1133,7 +1133,7 @@ def train_ldm(cfg):
         optimise(scaler, opt, unet, learning_rate(cfg, step))
         scaler.update()
         update_ema(ldm.unet, unet, step)
-        if step <= cfg.steps // 5:  # after that it stays behind
+        if step <= cfg.steps // 5:  # then it stays behind
             update_ema(ldm.guide, unet, step)
 
         if run.due() or run.due(cfg.save_every):  # every 100 steps, and before saving
@@ -1191,7 +1191,7 @@ def frechet_distance(a, b):
     return (a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * cross
 
 def evaluate(cfg):
-    """Prints and returns {figure: value}, of images held out from training. Raises UserError."""
+    """Prints and returns {figure: value}, against images held out. Raises UserError."""
     device, dtype = pick_device(cfg)
     path = find_checkpoint(cfg, "ae", "ldm")
     ldm = load_ldm(path, device) if path.stem == "ldm" else None
@@ -1257,7 +1257,7 @@ def on_signal(*_):
     Run.stopping = True
 
 def main(argv=None):
-    """Runs a command line; returns the exit code: 0 done, 2 a mistake, 130 stopped by Ctrl-C."""
+    """Runs a command line; returns the exit code: 0 done, 2 an error, 130 stopped by a signal."""
     for s in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(s) != signal.SIG_IGN:  # nohup has it ignored
             signal.signal(s, on_signal)

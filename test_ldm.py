@@ -1,9 +1,6 @@
 """Tests of ldm.py, in the order of its sections: each block, loss and sampler against a formula or
 a brute-force reference, the data loader against a zoo of pictures, then training, resuming and the
-command line with tiny networks. CPU only, no network, nothing outside the repository.
-
-  python -m pytest -q test_ldm.py     # about a minute on two CPU cores
-"""
+command line with tiny networks. CPU only, no network, nothing outside the repository."""
 import ast
 import contextlib
 import importlib.util
@@ -45,10 +42,11 @@ each = pytest.mark.parametrize
 
 # ---- Helpers ------------------------------------------------------------------------------------
 @pytest.fixture(autouse=True)
-def clean_start(tmp_path, monkeypatch, vgg):
+def clean_start(tmp_path, monkeypatch, request):
     """An empty folder, fixed random numbers, made-up VGG16 weights and no GPU for each test."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models.VGG16_Weights, "get_state_dict", always(vgg), raising=False)
+    monkeypatch.setattr(models.VGG16_Weights, "get_state_dict",
+                        lambda *_, **__: request.getfixturevalue("vgg"), raising=False)
     monkeypatch.setattr(torch.accelerator, "is_available", always(False))
     torch.manual_seed(0)
     handlers = {s: signal.signal(s, signal.default_int_handler) for s in SIGNALS}
@@ -227,7 +225,7 @@ def test_every_setting_takes_right_values_and_refuses_wrong_ones(cls):
     """Another type, not among the choices, out of range, not finite: the flag is named."""
     wrong = [{f.name: value} for f in flags(cls) for value in wrong_values(f)]
     if cls is ldm.AEConfig:  # --widths halves the image, which may not be tiny
-        wrong += [dict(out=__file__), dict(size=30, widths=(8, 8, 8)), dict(size=8, widths=(8, 8))]
+        wrong += [dict(out=__file__), dict(out="a/", data="a"), dict(size=8, widths=(8, 8))]
     for given in wrong:
         with refused(f"--{next(iter(given)).replace('_', '-')} "):
             print("taken:", given, ldm.resolve(cls, given))
@@ -241,7 +239,6 @@ def test_toyfaces_are_deterministic_and_all_different():
     x = ldm.toyfaces(range(100), 16)
     assert x.dtype == torch.uint8 and x.shape == (100, 3, 16, 16) and len(keys(x)) == 100
     assert torch.equal(x[7:9], ldm.toyfaces([7, 8], 16))
-    assert torch.equal(x[..., 0, 0], x[..., 3, -1])  # the sky, not the shirt
     assert (F.avg_pool2d(ldm.toyfaces([5], 32).float(), 2)[0] - x[5]).abs().mean() < 3
     assert {tuple(corner.tolist()) for corner in x[:, :, 0, 0]} == set(ldm.BACK)
 
@@ -624,7 +621,6 @@ def test_prediction_target_inverts_to_z0_and_eps(target):
 
 @each("steps", [1, 2, 7, 20, 1000])
 def test_timesteps_run_from_the_noisiest_to_clean(steps):
-    """Pairs in a chain from T-1 to -1, strictly falling, evenly spaced."""
     starts, ends = zip(*ldm.NoiseScheduler().timesteps(steps))
     assert len(starts) == steps and starts[0] == 999 and ends[-1] == -1 and starts[1:] == ends[:-1]
     gaps = [t - t_next for t, t_next in zip(starts, ends)]
@@ -681,14 +677,12 @@ def test_dpm_is_closer_to_the_exact_solution_than_ddim():
         error[sampler] = float((100 * model.sample(1, 7, sampler, 15) - exact).abs().mean())
     assert error["dpm"] < error["ddim"] / 3, error
 
-@each("guidance, value", [(0.0, 0.1), (1.0, 0.3), (1.5, 0.4)])
-def test_guidance_moves_away_from_the_weaker_unet(guidance, value):
-    """A UNet that knows only images of 0.3, guided by one that knows only those of 0.1."""
+def test_guidance_moves_away_from_the_early_unet():
+    """A UNet that knows only images of 0.3; when it was young, it knew only those of 0.1."""
     model = toy_ldm(4, answer=oracle("v", 0.3, 0.0))
     model.guide.forward = oracle("v", 0.1, 0.0)
-    images = model.sample(1, 0, guidance=guidance)
-    close(images, torch.full((1, 1, 4, 4), value), atol=1e-4, rtol=0)
-    close(model.sample(1, 0), model.sample(1, 0, guidance=1.5))
+    images = [model.sample(1, 0), *[model.sample(1, 0, guidance=g) for g in (0.0, 1.0, 1.5)]]
+    close(torch.cat(images).mean((1, 2, 3)), torch.tensor([0.4, 0.1, 0.3, 0.4]), atol=1e-4, rtol=0)
 
 @each("t, t_next", [(999, 998), (500, 499), (1, 0), (999, 900), (400, 20)])
 def test_ddpm_step_draws_from_the_textbook_posterior(t, t_next):
@@ -766,8 +760,8 @@ def test_sampled_image_does_not_depend_on_n_or_batch(sampler):
 def test_unknown_names_are_refused():
     with refused("DDIM"):
         toy_ldm(4).sample(1, 0, sampler="DDIM")
-    with pytest.raises((ValueError, KeyError), match="x0"):
-        ldm.NoiseScheduler(target="x0").target_weights(1, 0)
+    with pytest.raises(KeyError, match="x0"):
+        toy_ldm(4, target="x0").sample(1, 0)
 
 # ---- 9. Runs ------------------------------------------------------------------------------------
 @each("stage, term", [("ae", "recon"), ("ldm", "loss")])
@@ -985,7 +979,7 @@ def test_both_stages_learn(train, stage, term, settings):
 def test_stage_1_sees_the_training_images_and_no_others(train, monkeypatch, data, flip, faces):
     """Never a held-out one; all of a small folder; with --flip each is mirrored on its own."""
     if data == "toyfaces":
-        monkeypatch.setattr(ldm, "toyfaces", always(ldm.toyfaces(range(10000), 16)))
+        monkeypatch.setattr(ldm, "toyfaces", always(ldm.toyfaces(range(1000), 16)))
     seen = spy(monkeypatch, ldm.VQVAE, "forward")
     data = {"faces": str(faces)}.get(data, data)
     cfg = ldm.AEConfig(**train("ae", steps=10, batch=100, flip=flip, data=data)["config"])
@@ -1019,8 +1013,6 @@ def test_held_psnr_is_that_of_the_checkpoint_on_held_out_images(train):
     assert np.abs(picture - np.asarray(ldm.image_grid(rows, 4))).max() <= 1
     assert abs(ckpt["log"][-1]["z_std"] - z.std()) < 1e-3 and not z.requires_grad
     assert ldm.psnr(x, x).isfinite().all()
-    picture = picture[2:98:6, 2:98:6]  # 16 pixels, times 6
-    assert np.abs(picture - (x[0].permute(1, 2, 0).numpy() + 1) * 127.5).max() <= 0.5
 
 @pytest.fixture
 def no_chance(monkeypatch):
@@ -1244,11 +1236,10 @@ def test_every_figure_of_eval_is_what_its_name_says(out, vgg, capsys):
 
 def test_eval_obeys_its_settings(out):
     """Another seed, sampler, guidance, number of steps or images: other samples, and only those."""
-    changes = ({}, dict(seed=1), dict(sampler="ddpm"), dict(steps=20), dict(n=5), dict(n=1),
-               dict(guidance=3.0))
+    changes = ({}, dict(seed=1), dict(sampler="ddpm"), dict(steps=20), dict(n=1), dict(guidance=3))
     tables = [list(figures(out, **change).values()) for change in changes]
     assert all(math.isfinite(value) for table in tables for value in table)
-    assert len({last for *_, last in tables}) == 7 and len({tuple(t[:-1]) for t in tables}) == 1
+    assert len({last for *_, last in tables}) == 6 and len({tuple(t[:-1]) for t in tables}) == 1
     (out / "ldm.pt").unlink()  # then the autoencoder alone
     assert list(figures(out).values()) == tables[0][:-1]
 
@@ -1301,10 +1292,8 @@ def test_demo_runs_both_stages_and_samples(monkeypatch):
 
 # ---- README -------------------------------------------------------------------------------------
 def readme_commands():
-    """Every `python ldm.py ...` in the README's code blocks, loop variables filled in."""
+    """Every `python ldm.py ...` in the README's code blocks."""
     for language, block in re.findall(r"```(\w*)\n(.*?)```", README, re.S):
-        for name, first in re.findall(r"for (\w+) in (\S+?)[ ;]", block):
-            block = block.replace(f"${name}", first)
         if language != "python":
             yield from re.findall(r"python ldm\.py ([a-z][^#;&|>)\n]+)", block)
 
@@ -1314,7 +1303,7 @@ def test_readme_commands_are_accepted(line):
     ldm.resolve(ldm.COMMANDS[given.pop("command")][0], given)
 
 def test_readme_notebook_cell_runs(monkeypatch):
-    noise = torch.randint(256, (1000, 3, 32, 32), dtype=torch.uint8)  # quicker than faces
+    noise = torch.randint(256, (300, 3, 32, 32), dtype=torch.uint8)  # quicker than faces
     monkeypatch.setattr(ldm, "toyfaces", always(noise))
     for cell in re.findall(r"```python\n(.*?)```", README, re.S):
         exec(cell, {})
