@@ -80,8 +80,8 @@ def train(faces, tmp_path_factory):
     stage 2 a new folder gets an autoencoder. train.root: a folder with finished ones."""
     def run(stage, out="new", log_every=2, **settings):
         ldm.Run.due.__defaults__ = (log_every,)  # in ldm.py: 100
-        # pictures while training take four steps, in ldm.py 30
-        ldm.LatentDiffusion.sample.__wrapped__.__defaults__ = ("dpm", 4, 64, None, None, 1.5)
+        sample = ldm.LatentDiffusion.sample.__wrapped__  # pictures in training: 4 steps, not 30
+        sample.__defaults__ = ("dpm", 4, *sample.__defaults__[2:])
         if stage == "ldm" and not Path(out).exists():
             shutil.copytree(root / "ae", out)
         given = TINY[stage] | dict(data=faces, data_root=root, out=out) | settings
@@ -1169,10 +1169,10 @@ def test_sample_writes_what_it_was_asked_for(out, sampler):
     """n, seed, sampler and steps are obeyed; progress.png ends with the result."""
     model = ldm.load_ldm(out / "ldm.pt", CPU)
     for steps in (6, 1):
-        draw(out, n=11, seed=5, sampler=sampler, steps=steps, batch=9, guidance=0.5)
+        draw(out, n=11, seed=5, sampler=sampler, steps=steps, batch=9, guidance=9)
         grid, strip = pixels(out / "samples.png"), pixels(out / "progress.png")
         trace = []
-        images = model.sample(11, 5, sampler, steps, trace=trace, guidance=0.5)
+        images = model.sample(11, 5, sampler, steps, trace=trace, guidance=9)
         expected = np.asarray(ldm.image_grid(images, 4))
         assert np.abs(grid - expected).max() <= 1 and len(strip) == 8 * 98 + 2
         assert np.abs(strip[-98:-2, -98:] - grid[2:98, -98:]).max() <= 1  # 96 pixels and a frame
