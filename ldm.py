@@ -414,8 +414,8 @@ class UpBlock(nn.Module):
 # Both keep z easy to model in stage 2. VQVAE (van den Oord et al. 2017, arXiv 1711.00937): the
 # decoder sees only K different vectors, and a commitment loss makes z_e gather around them; argmin
 # has no gradient, hence the straight-through trick. VAE (Kingma & Welling 2013, arXiv 1312.6114):
-# noise of a learned size is added to the mean, and a KL term keeps the mean so small that the noise
-# matters (little here: its weight is small); z = mean + std eps, so that gradients reach both.
+# noise of a learned size is added to the mean, and a KL term keeps the mean small and the noise
+# large (both only weakly here); z = mean + std eps, so that gradients reach both.
 
 def build_encoder(channels, widths, layers, c_out):
     """Network: image (B, C, H, W) -> (B, c_out, h, w) with h = H / 2 ** (len(widths) - 1)."""
@@ -457,8 +457,8 @@ class VQVAE(nn.Module):
         return self.codebook(indices).movedim(-1, 1), indices
 
     def forward(self, x):
-        """x (B, C, H, W) in [-1, 1] -> reconstruction, {name: loss term}: Eq. 3's last two, without
-        beta. Equal in value, but the codebook term moves the codes, the commit term moves z_e."""
+        """x (B, C, H, W) in [-1, 1] -> reconstruction, {name: loss}: Eq. 3's last two, unweighted.
+        Equal in value, but the codebook term moves the codes, the commit term moves z_e."""
         z_e = self.encode(x)
         z_q, indices = self.quantise(z_e)
         self.usage.index_add_(0, indices.flatten(), z_e.new_ones(indices.numel()))  # += 1
@@ -498,7 +498,7 @@ class VAE(nn.Module):
 
     def forward(self, x):
         """x (B, C, H, W) in [-1, 1] -> reconstruction, {"kl": KL(q(z | x) || N(0, 1))}, appendix B:
-        -1/2 sum(1 + logvar - mean^2 - exp(logvar)), per image value like the reconstruction."""
+        -1/2 sum(1 + logvar - mean^2 - exp(logvar)), / x.numel(), like the pixel loss."""
         mean, logvar = self.encoder(x).float().chunk(2, dim=1)  # each (B, D, h, w)
         logvar = logvar.clamp(-30, 20)  # exp stays finite
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)  # reparameterised: Eq. 10
@@ -526,7 +526,7 @@ def build_autoencoder(cfg):
 
 class LPIPS(nn.Module):
     """Distance of two images as people see it: the `lpips` package with net="vgg", v0.1. Frozen.
-    weights: file of w^2 per channel (1, c, 1, 1) for five layers `lin`. vgg: `features.*` weights
+    weights: file of Eq. 1's learned w^2, (1, c, 1, 1), for five layers. vgg: `features.*` weights
     of a VGG16; None: torchvision's (ImageNet). Raises UserError if one of the two cannot be had."""
     def __init__(self, weights="lpips_weights.pth", vgg=None):
         super().__init__()
@@ -609,7 +609,7 @@ def discriminator_loss(kind, real, fake):
 # DDPM: Ho et al. 2020, arXiv 2006.11239. DDIM: Song et al. 2020, 2010.02502. DPM-Solver++(2M): Lu
 # et al. 2022, 2211.01095. A squared error is least for the mean of all eps that fit z_t. That mean
 # is -sigma times the score, the gradient of log p(z_t): plain regression finds the direction in
-# which the data lie. One jump from noise would end at the average image; a step decides a little.
+# which the data lie. One jump from noise ends at the average image; after a step fewer fit z_t.
 
 class NoiseScheduler(nn.Module):
     """z_t = alpha z0 + sigma eps. t = 0 .. T-1 are the papers' 1 .. T: t = 0 has one step of noise,
@@ -720,9 +720,9 @@ class UNet(nn.Module):
         return self.out(x).float()                              # (B, D, h, w)
 
 class LatentDiffusion(nn.Module):
-    """UNet, noise scheduler, autoencoder, mean and std of its latents; cfg: LDMConfig, ae_cfg:
-    AEConfig. unet: an average of the trained weights, guide: that after a fifth of the steps. It
-    errs alike, but more: `sample` goes away from it (autoguidance, Karras et al., 2406.02507)."""
+    """UNet, noise scheduler, autoencoder, mean and std of its latents. From LDMConfig and AEConfig.
+    unet: the running average of the trained weights; guide: the same, frozen after a fifth of the
+    steps: unet's errors, larger. `sample` steers away (autoguidance: Karras et al., 2406.02507)."""
     def __init__(self, cfg, ae_cfg, ae):
         super().__init__()
         D = ae_cfg.z_channels
