@@ -533,7 +533,7 @@ class LPIPS(nn.Module):
         try:
             lins = torch.load(weights, map_location="cpu", weights_only=True)
             self.lins = nn.ParameterList(lins[f"lin{i}.model.1.weight"] for i in range(5))
-            vgg = vgg or models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
+            vgg = vgg or models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(weights_only=True)
         except Exception as error:  # no such file, a damaged one, no internet
             raise UserError(f"LPIPS needs {weights}, and vgg16-397923af.pth of download.pytorch.org"
                             f"/models in {torch.hub.get_dir()}/checkpoints ({error!r})") from error
