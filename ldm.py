@@ -88,9 +88,9 @@ class AEConfig(TrainConfig):
     commit_weight: float = flag(0.25, "weight of the commitment loss (vq)", low=0)
     kl_weight: float = flag(1e-6, "weight of the KL term per image value (kl)", low=0)
     perceptual_weight: float = flag(1.0, "weight of LPIPS; 0: off", low=0)
-    gan_weight: float = flag(0.05, "weight of the GAN loss; 0: off", low=0)
+    gan_weight: float = flag(0.05, "highest weight of the GAN loss; 0: off", low=0)
     gan: str = flag("hinge", "adversarial loss", "bce", "lsgan", "hinge")
-    disc_start: int = flag(2500, "steps before the adversarial loss joins in", low=0)
+    disc_start: int = flag(2500, "steps before the GAN loss joins in", low=0)
     data_name: str = ""  # no flag: load_images notes here what it found
 
 @dataclass
@@ -971,9 +971,9 @@ def compile_network(net, cfg, device):
 
 
 # ---- 11. Stage 1: the autoencoder ---------------------------------------------------------------
-# VQGAN, arXiv 2012.09841, section 3.1: reconstruction + LPIPS + latent terms + GAN; as in its code
-# the GAN starts late, and Adam has these betas. Its GAN weight is adaptive, ours fixed after a ramp
-# of 1000 steps: a critic that knows nothing yet would only do harm.
+# VQGAN, arXiv 2012.09841, section 3.1: reconstruction + LPIPS + latent terms + GAN, which joins in
+# late; Adam's betas are from its code. Its GAN weight is adaptive. Ours rises over 1000 steps, for
+# new critics do harm; then it falls like the learning rate, or eyes fill up with coloured grain.
 
 LPIPS_WEIGHTS = Path(__file__).resolve().with_name("lpips_weights.pth")
 
@@ -1021,8 +1021,8 @@ def train_ae(cfg):
     for step in run.steps():  # up to cfg.steps; Ctrl-C saves, then stops
         torch.manual_seed(cfg.seed * 1_000_003 + step)  # resumed or not: same numbers
         lr = learning_rate(cfg, step)
-        weights["gan"] = cfg.gan_weight * min(1, max(0, step - cfg.disc_start) / 1000)
-        adversarial = weights["gan"] > 0
+        ramp = min(1, max(0, step - cfg.disc_start) / 1000)
+        weights["gan"] = cfg.gan_weight * ramp * lr / cfg.lr  # rises, then falls with lr
         if cfg.ae == "vq" and step % 100 == 1:  # moves codes that the last 100 steps did not use
             with torch.no_grad(), autocast(device, dtype):
                 ae.restart_codes(ae.encode(draw_images(images, cfg, device)))
@@ -1036,7 +1036,7 @@ def train_ae(cfg):
                 terms["recon"] = F.l1_loss(x_rec, x) if cfg.recon == "l1" else F.mse_loss(x_rec, x)
                 if cfg.perceptual_weight > 0:
                     terms["perceptual"] = lpips(x_rec, x).mean()
-                if adversarial:
+                if weights["gan"] > 0:
                     disc.requires_grad_(False)  # gradients pass, none stay
                     terms["gan"] = generator_loss(cfg.gan, disc(x_rec))
                     disc.requires_grad_(True)  # for (2); the graph of (1) is made
@@ -1044,7 +1044,7 @@ def train_ae(cfg):
             scaler.scale(loss / cfg.accum).backward()  # / accum: the sum becomes a mean
 
             # (2) discriminator: tell images from reconstructions
-            if adversarial:
+            if weights["gan"] > 0:
                 with autocast(device, dtype):
                     real, fake = disc(x), disc(x_rec.detach())  # (B, 1, h', w')
                     terms["disc"] = discriminator_loss(cfg.gan, real, fake)
@@ -1053,9 +1053,9 @@ def train_ae(cfg):
             run.add(terms)
 
         optimise(scaler, opt, ae, lr)
-        if adversarial:
+        if weights["gan"] > 0:
             optimise(scaler, opt_d, disc, lr)
-        scaler.update()  # fp16: a smaller scale after an overflow, at times a larger one
+        scaler.update()  # fp16: smaller after an overflow
 
         if run.due() or run.due(cfg.save_every):  # every 100 steps, and before saving
             with torch.no_grad(), autocast(device, dtype):
@@ -1120,7 +1120,7 @@ def train_ldm(cfg):
 
     for step in run.steps():  # up to cfg.steps; Ctrl-C saves, then stops
         torch.manual_seed(cfg.seed * 1_000_003 + step)  # resumed or not: same numbers
-        for _ in range(cfg.accum):  # gradients add up over these; one step follows
+        for _ in range(cfg.accum):  # gradients add up over these
             z = z_all[torch.randint(len(z_all), (cfg.batch,), device=device)]
             z0 = ldm.normalise(z)                               # (B, D, h, w)
             t = torch.randint(ldm.scheduler.T, (cfg.batch,), device=device)
