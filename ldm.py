@@ -973,7 +973,7 @@ def compile_network(net, cfg, device):
 # ---- 11. Stage 1: the autoencoder ---------------------------------------------------------------
 # VQGAN, arXiv 2012.09841, section 3.1: reconstruction + LPIPS + latent terms + GAN, which joins in
 # late; Adam's betas are from its code. Its GAN weight is adaptive. Ours rises over 1000 steps, for
-# new critics do harm; then it falls like the learning rate, or eyes fill up with coloured grain.
+# a new discriminator does harm; then it falls like the learning rate, or eyes fill up with grain.
 
 LPIPS_WEIGHTS = Path(__file__).resolve().with_name("lpips_weights.pth")
 

@@ -30,7 +30,6 @@ torch.set_num_threads(1)  # the networks are so small that threads only wait for
 HERE = Path(ldm.__file__).resolve().parent
 TEXT = (HERE / "ldm.py").read_text()
 README = (HERE / "README.md").read_text()
-LPIPS_WEIGHTS = HERE / "lpips_weights.pth"
 CPU = torch.device("cpu")
 SIGNALS = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
 TINY = {
@@ -292,7 +291,8 @@ def test_photos_held_sideways_come_out_upright(orientation, turn):
 def test_odd_sizes_give_the_centre_square(w, h):
     picture = np.random.default_rng(0).integers(0, 256, (h, w, 3)).astype(np.uint8)
     Image.fromarray(picture).save("a.png")
-    side, top, left = min(w, h), max(0, h - w) // 2, max(0, w - h) // 2
+    side = min(w, h)
+    top, left = (h - side) // 2, (w - side) // 2
     square = picture[top:top + side, left:left + side]
     assert np.array_equal(ldm.decode_image("a.png", side, 3), square)
 
@@ -544,7 +544,7 @@ def waves(n, size, channels=3):
     (64, (0.2209063, 0.2215153), (0.0077685, 0.0077767))])
 def test_lpips_equals_the_lpips_package(vgg, size, full, half):
     """Distances recorded from the package, of two waves and of a wave to its paler copy."""
-    lpips, (x, y) = ldm.LPIPS(LPIPS_WEIGHTS, vgg), waves(2, size)
+    lpips, (x, y) = ldm.LPIPS(ldm.LPIPS_WEIGHTS, vgg), waves(2, size)
     assert lpips(x, y).tolist() == pytest.approx(full, abs=1e-4)
     assert lpips(0.5 * x, x).tolist() == pytest.approx(half, abs=1e-5)
 
@@ -553,13 +553,13 @@ def test_lpips_of_flat_images_is_zero_with_finite_gradient(vgg, dead):
     """A square root at zero would give NaN; also if biases silence every feature."""
     weights = {k: v - 1e3 * (dead and v.dim() == 1) for k, v in vgg.items()}
     x = torch.zeros(1, 3, 16, 16, requires_grad=True)
-    distance = ldm.LPIPS(LPIPS_WEIGHTS, weights)(x, x.detach() + dead)
+    distance = ldm.LPIPS(ldm.LPIPS_WEIGHTS, weights)(x, x.detach() + dead)
     distance.sum().backward()
     assert distance.item() == 0 and x.grad.isfinite().all()
 
 def test_lpips_trains_x_alone_and_takes_grey(vgg):
     """No gradient for y and the frozen network; grey is three equal channels; float32."""
-    lpips, (x, y) = ldm.LPIPS(LPIPS_WEIGHTS, vgg), waves(3, 16, channels=1)
+    lpips, (x, y) = ldm.LPIPS(ldm.LPIPS_WEIGHTS, vgg), waves(3, 16, channels=1)
     distance = lpips(x.requires_grad_(), y.requires_grad_())
     close(distance, lpips(x.expand(-1, 3, -1, -1), y.expand(-1, 3, -1, -1)))
     distance.sum().backward()
@@ -577,7 +577,7 @@ def test_missing_or_wrong_lpips_weights_are_explained(vgg, monkeypatch):
             ldm.LPIPS(name, vgg)
     monkeypatch.setattr(models.VGG16_Weights, "get_state_dict", None)  # as if offline
     with refused("vgg16"):
-        ldm.LPIPS(LPIPS_WEIGHTS)
+        ldm.LPIPS(ldm.LPIPS_WEIGHTS)
 
 # ---- 6. PatchGAN --------------------------------------------------------------------------------
 def minus_log_sigmoid(score):
@@ -667,7 +667,8 @@ def test_dpm_is_closer_to_the_exact_solution_than_ddim():
     model = toy_ldm(16, "eps", oracle("eps", mean, std), 0.01)
     model.sample(1, 7, steps=1, trace=trace)
     alpha, sigma = alpha_sigma(999)
-    exact = mean + std * (trace[0][0] - alpha * mean) / (alpha ** 2 * std ** 2 + sigma ** 2) ** 0.5
+    z_T = trace[0][0]
+    exact = mean + std * (z_T - alpha * mean) / (alpha ** 2 * std ** 2 + sigma ** 2) ** 0.5
     for sampler in ("ddim", "dpm"):
         error[sampler] = float((100 * model.sample(1, 7, sampler, 15) - exact).abs().mean())
     assert error["dpm"] < error["ddim"] / 3, error
@@ -1204,9 +1205,8 @@ def test_frechet_distance_of_known_gaussians():
     close(ldm.frechet_distance(x, x), 0 * expected, atol=1e-9, rtol=0)
 
 def figures(out, **settings):
-    given = dict(out=str(out), n=4, steps=3) | settings
-    table = ldm.evaluate(ldm.resolve(ldm.SampleConfig, given))
-    return {name: float(value) for name, value in table.items()}
+    cfg = ldm.resolve(ldm.SampleConfig, dict(out=str(out), n=4, steps=3) | settings)
+    return {name: float(value) for name, value in ldm.evaluate(cfg).items()}
 
 def vgg_features(vgg, x):
     """relu5_3 of VGG16 with these weights, averaged over the positions: (N, 512)."""
@@ -1220,7 +1220,7 @@ def test_every_figure_of_eval_is_what_its_name_says(out, vgg, capsys):
     """PSNR, LPIPS and Frechet distances to the held-out images, by hand."""
     table = figures(out, seed=5, sampler="ddim")
     printed = capsys.readouterr().out
-    model, lpips = ldm.load_ldm(out / "ldm.pt", CPU), ldm.LPIPS(LPIPS_WEIGHTS, vgg)
+    model, lpips = ldm.load_ldm(out / "ldm.pt", CPU), ldm.LPIPS(ldm.LPIPS_WEIGHTS, vgg)
     x = ldm.to_float(ldm.load_images(model.ae_cfg)[1], CPU)
     x_rec = model.ae.decode(model.ae.encode(x)).clamp(-1, 1)
     real, fake = vgg_features(vgg, x), vgg_features(vgg, model.sample(4, 5, "ddim", 3))
@@ -1345,6 +1345,6 @@ def test_each_class_can_be_copied_out_of_the_file(sections, use, vgg):
     """With the usual imports and at most the blocks of section 3, it works in another file."""
     imports, *parts = re.split(r"^# ---- \d+\. .*$", TEXT, flags=re.M)
     names = dict(x=torch.randn(2, 3, 32, 32), z=torch.randn(2, 4, 8, 8), t=torch.tensor([3, 9]),
-                 weights=LPIPS_WEIGHTS, vgg=vgg)
+                 weights=ldm.LPIPS_WEIGHTS, vgg=vgg)
     exec(imports + "".join(parts[k - 1] for k in sections), names)
     assert eval(use, names).isfinite().all()
