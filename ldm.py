@@ -20,8 +20,8 @@ Letters, the same in code and tests, mostly those of the papers:
   N images   c channels inside a network, where x, h may be features   lambda = log(alpha / sigma)
   abar product of 1 - beta   alpha = sqrt(abar), not DDPM's 1 - beta   sigma = sqrt(1 - abar)
 
-To learn the subject, read sections 3 to 8, then 11 and 12 with the three short functions at the
-start of 10; the rest is what any training program needs. Table of contents: grep "^# ----" ldm.py
+To learn the subject, read sections 1 to 6, then 9 and 10 with the three short functions at the
+start of 8; the rest is what any training program needs. Table of contents: grep "^# ----" ldm.py
 """
 import argparse
 import contextlib
@@ -47,7 +47,482 @@ from torchvision import datasets, models, utils
 from torchvision.transforms import functional as TF
 
 
-# ---- 1. Settings --------------------------------------------------------------------------------
+# ---- 1. Blocks: one set for the encoder, the decoder and the UNet -------------------------------
+# After DDPM (Ho et al. 2020, arXiv 2006.11239, appendix B), with four heads of attention. Each is
+# built from those above it; sinusoids are for the UNet alone.
+
+def group_norm(c):
+    """Mean 0, variance 1 per group of channels: at most 32 groups, of at least 4 channels."""
+    return nn.GroupNorm(math.gcd(32, c // 4), c)  # c: a multiple of 4
+
+def norm_silu_conv(c_in, c_out, bias=True):
+    conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=bias)
+    return nn.Sequential(group_norm(c_in), nn.SiLU(), conv)
+
+def sinusoids(t, dim):
+    """Steps t (B,) -> (B, dim): sines and cosines, wavelengths from 2 pi to almost 20000 pi."""
+    freqs = 10000 ** (-torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = t[:, None].float() * freqs                         # (B, dim / 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+class Attention(nn.Module):
+    """(B, c, h, w) -> the same shape: every position looks at every other one; residual."""
+    def __init__(self, c, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm = group_norm(c)
+        self.qkv = nn.Linear(c, 3 * c)
+        self.proj = nn.Linear(c, c)
+        nn.init.zeros_(self.proj.weight)  # starts near the identity: gradients pass
+
+    def forward(self, x):
+        tokens = self.norm(x).flatten(2).transpose(1, 2)        # (B, h*w, c)
+        qkv = self.qkv(tokens).unflatten(2, (3 * self.heads, -1))  # (B, h*w, 3*heads, c/heads)
+        q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)  # (B, heads, h*w, c/heads)
+        out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(c/heads)) v
+        out = self.proj(out.transpose(1, 2).flatten(2))         # (B, h*w, c)
+        return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
+
+class ResBlock(nn.Module):
+    """(B, c_in, H, W) -> (B, c_out, H, W): two convolutions and a shortcut around them, attention
+    if heads > 0. t_dim: the width of a time embedding (B, t_dim), if there is one."""
+    def __init__(self, c_in, c_out, t_dim=None, heads=0):
+        super().__init__()
+        self.conv1 = norm_silu_conv(c_in, c_out, bias=False)  # the next norm has a bias
+        self.conv2 = norm_silu_conv(c_out, c_out, bias=False)
+        self.time = nn.Linear(t_dim, c_out) if t_dim else None
+        self.shortcut = nn.Conv2d(c_in, c_out, 1, bias=False) if c_in != c_out else nn.Identity()
+        self.attention = Attention(c_out, heads) if heads > 0 else nn.Identity()
+        nn.init.zeros_(self.conv2[-1].weight)  # starts near the shortcut
+
+    def forward(self, x, t_emb=None):
+        h = self.conv1(x)                                       # (B, c_out, H, W)
+        if self.time is not None:  # t decides a shift per channel
+            h = h + self.time(t_emb)[:, :, None, None]
+        return self.attention(self.shortcut(x) + self.conv2(h))
+
+class Stack(nn.Sequential):
+    """Layers in a row, of which the ResBlocks get the time embedding too."""
+    def forward(self, x, t_emb=None):
+        for layer in self:
+            x = layer(x, t_emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+def res_blocks(c_in, c_out, n, t_dim, heads):
+    """A list of `n` ResBlocks, of which the first one changes the width."""
+    widths = [c_in] + n * [c_out]
+    return [ResBlock(a, b, t_dim, heads) for a, b in zip(widths, widths[1:])]
+
+class DownBlock(Stack):
+    """(B, c_in, H, W) -> (B, c_out, H/2, W/2), or with down=False (B, c_out, H, W)."""
+    def __init__(self, c_in, c_out, layers, t_dim=None, heads=0, down=True):
+        super().__init__(*res_blocks(c_in, c_out, layers, t_dim, heads))
+        if down:
+            self.append(nn.Conv2d(c_out, c_out, 3, stride=2, padding=1))
+
+class MidBlock(Stack):
+    """(B, c_in, h, w) -> (B, c_out, h, w): `layers` ResBlocks with attention, and one without."""
+    def __init__(self, c_in, c_out, layers, t_dim=None, heads=4):
+        super().__init__(*res_blocks(c_in, c_out, layers, t_dim, heads))
+        self.append(ResBlock(c_out, c_out, t_dim))
+
+class UpBlock(nn.Module):
+    """(B, c_in, h, w) -> (B, c_out, 2h, 2w), or with up=False (B, c_out, h, w). A skip of
+    c_skip channels, as high and wide as the output, joins in before the ResBlocks."""
+    def __init__(self, c_in, c_out, layers, t_dim=None, heads=0, up=True, c_skip=0):
+        super().__init__()
+        # nearest + conv: transposed convolutions would leave checkerboards
+        conv = nn.Conv2d(c_in, c_in, 3, padding=1)
+        self.up = nn.Sequential(nn.Upsample(scale_factor=2), conv) if up else nn.Identity()
+        self.blocks = Stack(*res_blocks(c_in + c_skip, c_out, layers, t_dim, heads))
+
+    def forward(self, x, t_emb=None, skip=None):
+        x = self.up(x)                                          # (B, c_in, 2h, 2w) if up
+        if skip is not None:
+            x = torch.cat([x, skip], dim=1)
+        return self.blocks(x, t_emb)
+
+
+# ---- 2. Autoencoders: VQVAE and VAE differ only in what happens to the latent -------------------
+# Both keep z easy to model in stage 2. VQVAE (van den Oord et al. 2017, arXiv 1711.00937): the
+# decoder sees only K different vectors, and a commitment loss makes z_e gather around them; argmin
+# has no gradient, hence the straight-through trick. VAE (Kingma & Welling 2013, arXiv 1312.6114):
+# noise of a learned size is added to the mean, and a KL term keeps the mean small and the noise
+# large (both only weakly here); z = mean + std eps, so that gradients reach both.
+
+def build_encoder(channels, widths, layers, c_out):
+    """Network: image (B, C, H, W) -> (B, c_out, h, w) with h = H / 2 ** (len(widths) - 1)."""
+    c = widths[-1]
+    return nn.Sequential(
+        nn.Conv2d(channels, widths[0], 3, padding=1),
+        *[DownBlock(a, b, layers) for a, b in zip(widths, widths[1:])],
+        MidBlock(c, c, layers),
+        norm_silu_conv(c, c_out),
+        nn.Conv2d(c_out, c_out, 1))  # mixes and scales z, like VQGAN's quant_conv
+
+def build_decoder(channels, widths, layers, z_channels):
+    """Network: latent (B, D, h, w) -> image (B, C, H, W), the encoder mirrored."""
+    widths = widths[::-1]
+    c = widths[0]
+    return nn.Sequential(
+        nn.Conv2d(z_channels, z_channels, 1),
+        nn.Conv2d(z_channels, c, 3, padding=1),
+        MidBlock(c, c, layers),
+        *[UpBlock(a, b, layers) for a, b in zip(widths, widths[1:])],
+        norm_silu_conv(widths[-1], channels))  # no tanh: [-1, 1] is learnt, and callers clamp
+
+class VQVAE(nn.Module):
+    """Autoencoder that replaces each latent vector by the nearest of K codebook vectors.
+    Call restart_codes(z_e) before the first step and every hundred steps."""
+    def __init__(self, channels, widths, layers, z_channels, codebook_size):
+        super().__init__()
+        self.encoder = build_encoder(channels, widths, layers, z_channels)
+        self.decoder = build_decoder(channels, widths, layers, z_channels)
+        self.codebook = nn.Embedding(codebook_size, z_channels)  # (K, D)
+        self.register_buffer("usage", torch.zeros(codebook_size))  # picks since the last restart
+
+    def quantise(self, z_e):
+        """z_e (B, D, h, w) -> z_q (B, D, h, w), nearest codes (Eq. 1-2), and indices (B, h, w)."""
+        z = z_e.movedim(1, -1)                                  # (B, h, w, D)
+        # cdist stays in float32 under autocast: bf16 would mistake one code in four (measured)
+        dist = torch.cdist(z.flatten(0, 2), self.codebook.weight)  # (B*h*w, K)
+        indices = dist.argmin(dim=1).view(z.shape[:3])          # (B, h, w)
+        return self.codebook(indices).movedim(-1, 1), indices
+
+    def forward(self, x):
+        """x (B, C, H, W) in [-1, 1] -> reconstruction, {name: loss}: Eq. 3's last two, unweighted.
+        Equal in value, but the codebook term moves the codes, the commit term moves z_e."""
+        z_e = self.encode(x)
+        z_q, indices = self.quantise(z_e)
+        self.usage.index_add_(0, indices.flatten(), z_e.new_ones(indices.numel()))  # += 1
+        codebook_loss = F.mse_loss(z_q, z_e.detach())
+        commit_loss = F.mse_loss(z_e, z_q.detach())
+        z_st = z_e + (z_q - z_e).detach()  # straight-through: value of z_q, gradient as from z_e
+        return self.decoder(z_st).float(), {"codebook": codebook_loss, "commit": commit_loss}
+
+    def encode(self, x):
+        """The continuous z_e (B, D, h, w), which is what stage 2 models."""
+        return self.encoder(x).float()  # under autocast it is bf16 or fp16
+
+    def decode(self, z):
+        """(B, D, h, w) -> (B, C, H, W). Quantises first: small errors of stage 2 are gone then."""
+        z_q, _ = self.quantise(z)
+        return self.decoder(z_q).float()
+
+    @torch.no_grad()
+    def restart_codes(self, z_e):
+        """Codes that nothing picks get no gradient and stay dead. Moves all codes unpicked since
+        the last call (on the first call: every code) onto random z_e."""
+        z = z_e.movedim(1, -1).flatten(0, 2)                    # (B*h*w, D)
+        new = z[torch.randint(len(z), (len(self.usage),), device=z.device)]
+        new = new + 0.01 * z.std() * torch.randn_like(new)  # no two alike
+        unused = self.usage == 0                                # (K,)
+        self.codebook.weight[unused] = new[unused]
+        self.usage.zero_()
+
+class VAE(nn.Module):
+    """Autoencoder whose latent values are Gaussians; a KL term pulls them, weakly, to N(0, 1)."""
+    def __init__(self, channels, widths, layers, z_channels):
+        super().__init__()
+        self.encoder = build_encoder(channels, widths, layers, 2 * z_channels)  # mean and logvar
+        self.decoder = build_decoder(channels, widths, layers, z_channels)
+        # starts with little noise, else the first thousands of steps are spent on getting rid of it
+        nn.init.constant_(self.encoder[-1].bias[z_channels:], -6.0)  # of logvar
+
+    def forward(self, x):
+        """x (B, C, H, W) in [-1, 1] -> reconstruction, {"kl": KL(q(z | x) || N(0, 1))}, appendix B:
+        -1/2 sum(1 + logvar - mean^2 - exp(logvar)), / x.numel(), like the pixel loss."""
+        mean, logvar = self.encoder(x).float().chunk(2, dim=1)  # each (B, D, h, w)
+        logvar = logvar.clamp(-30, 20)  # exp stays finite
+        z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)  # reparameterised: Eq. 10
+        kl = -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum() / x.numel()
+        return self.decoder(z).float(), {"kl": kl}
+
+    def encode(self, x):
+        """The mean of q(z | x), (B, D, h, w): q's std is tiny, so no draw is needed."""
+        return self.encoder(x).float().chunk(2, dim=1)[0]
+
+    def decode(self, z):
+        return self.decoder(z).float()                          # (B, C, H, W)
+
+def build_autoencoder(cfg):
+    """What an AEConfig describes, with random weights."""
+    args = (cfg.channels, cfg.widths, cfg.layers, cfg.z_channels)
+    if cfg.ae == "vq":
+        return VQVAE(*args, cfg.codebook_size)
+    return VAE(*args)
+
+
+# ---- 3. LPIPS: how different two images look (Zhang et al. 2018, arXiv 1801.03924) --------------
+# Where z leaves details open, the least pixel error is their average (l2) or median (l1): blur. In
+# a distance of features of an image classifier a blur is far away, so the decoder has to choose.
+
+class LPIPS(nn.Module):
+    """Distance of two images as people see it: the `lpips` package with net="vgg", v0.1. Frozen.
+    weights: file of Eq. 1's learned w^2, (1, c, 1, 1), for five layers. vgg: `features.*` weights
+    of a VGG16; None: torchvision's (ImageNet). Raises UserError if one of the two cannot be had."""
+    def __init__(self, weights="lpips_weights.pth", vgg=None):
+        super().__init__()
+        try:
+            lins = torch.load(weights, map_location="cpu", weights_only=True)
+            self.lins = nn.ParameterList(lins[f"lin{i}.model.1.weight"] for i in range(5))
+            vgg = vgg or models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(weights_only=True)
+        except Exception as error:  # no such file, a damaged one, no internet
+            raise UserError(f"LPIPS needs {weights}, and vgg16-397923af.pth of download.pytorch.org"
+                            f"/models in {torch.hub.get_dir()}/checkpoints ({error!r})") from error
+        net = models.vgg.make_layers(models.vgg.cfgs["D"], batch_norm=False)  # VGG16
+        net.load_state_dict({k[9:]: w for k, w in vgg.items() if k.startswith("features.")})
+        cuts = (0, 4, 9, 16, 23, 30)  # slices end with relu1_2, 2_2, 3_3, 4_3, 5_3
+        self.slices = nn.ModuleList(net[a:b] for a, b in zip(cuts, cuts[1:]))
+        # ImageNet's mean and deviation per channel, for images in [-1, 1]
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def features(self, x):
+        """x (B, 1 or 3, H, W) in [-1, 1], at least 16x16 -> five feature maps."""
+        h = (x - self.shift) / self.scale  # by broadcasting, grey becomes three channels
+        maps = []
+        for part in self.slices:
+            h = part(h)  # c = 64, 128, 256, 512, 512; side H / 1, 2, 4, 8, 16
+            maps.append(h.float())  # float32: squares overflow fp16
+        return maps
+
+    def forward(self, x, y):
+        """x, y (B, 1 or 3, H, W) -> distances (B,), Eq. 1: the sum over layers of
+        mean_hw sum_c w^2 (unit(f_x) - unit(f_y))^2. No gradient goes into y."""
+        total = 0
+        for lin, f_x, f_y in zip(self.lins, self.features(x), self.features(y.detach())):
+            diff = F.normalize(f_x, dim=1) - F.normalize(f_y, dim=1)  # (B, c, h, w)
+            total = total + (lin * diff.square()).sum(dim=1).mean(dim=(1, 2))
+        return total
+
+
+# ---- 4. PatchGAN: a critic of patches (Isola et al. 2017, arXiv 1611.07004) ---------------------
+# The decoder also learns to fool it, which brings fine texture (VQGAN, see section 9).
+
+class PatchGAN(nn.Module):
+    """Images (B, C, H, W), at least 16x16 -> scores (B, 1, h', w'), one per patch; high is real."""
+    def __init__(self, channels=3, c=64):
+        super().__init__()
+        self.net = nn.Sequential(  # 4, 2, 1: kernel, stride, padding, which halves H and W
+            nn.Conv2d(channels, c, 4, 2, 1), nn.LeakyReLU(0.2),  # no norm here, says the paper
+            nn.Conv2d(c, 2 * c, 4, 2, 1), nn.BatchNorm2d(2 * c), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * c, 4 * c, 4, 2, 1), nn.BatchNorm2d(4 * c), nn.LeakyReLU(0.2),
+            nn.Conv2d(4 * c, 1, 4, 1, 2))  # stride 1: h' = H // 8 + 1; sees 46x46 (paper: 70x70)
+        for layer in self.net:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, 0.0, 0.02)  # as in the paper
+
+    def forward(self, x):
+        return self.net(x).float()
+
+def generator_loss(kind, fake):
+    """What the autoencoder minimises, from the scores of its images. kind: bce, lsgan, hinge."""
+    if kind == "hinge":
+        return -fake.mean()
+    if kind == "lsgan":
+        return (fake - 1).square().mean()
+    if kind == "bce":
+        return F.softplus(-fake).mean()  # -log p, p = sigmoid(score)
+    raise ValueError(f"no adversarial loss {kind!r}")
+
+def discriminator_loss(kind, real, fake):
+    """What the discriminator minimises, from scores of images, reconstructions; / 2 as in Isola."""
+    if kind == "hinge":
+        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+    if kind == "lsgan":
+        return ((real - 1).square().mean() + fake.square().mean()) / 2
+    if kind == "bce":
+        return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
+    raise ValueError(f"no adversarial loss {kind!r}")
+
+
+# ---- 5. Noise scheduler: how noise goes in, and three ways to take it out -----------------------
+# DDPM: Ho et al. 2020, arXiv 2006.11239. DDIM: Song et al. 2020, 2010.02502. DPM-Solver++(2M): Lu
+# et al. 2022, 2211.01095. A squared error is least for the mean of all eps that fit z_t. That mean
+# is -sigma times the score, the gradient of log p(z_t): plain regression finds the direction in
+# which the data lie. One jump from noise ends at the average image; after a step fewer fit z_t.
+
+class NoiseScheduler(nn.Module):
+    """z_t = alpha z0 + sigma eps. t = 0 .. T-1 are the papers' 1 .. T: t = 0 has one step of noise,
+    T-1 is nearly all noise; z0 itself is t = -1, where samplers end. target: what the network
+    predicts, eps, or v = alpha eps - sigma z0 (Salimans & Ho 2022, arXiv 2202.00512). Near t = T-1
+    eps is almost z_t, a trivial task; v is almost -z0, a real one."""
+    def __init__(self, T=1000, target="v"):
+        super().__init__()
+        self.T = T
+        self.target = target
+        # linear in sqrt(beta); LDM's range for CelebA-HQ, meant for T = 1000
+        betas = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, T, dtype=torch.float64) ** 2
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)        # (T,), abar
+        self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
+        # as floats, for the samplers; index -1, the last entry, is t = -1, without noise
+        self.abar = alphas_cumprod.tolist() + [1.0]
+        self.lam = [0.5 * math.log(a / (1 - a)) for a in self.abar[:-1]] + [math.inf]
+
+    def alpha_sigma(self, t):
+        """sqrt(abar_t) and sqrt(1 - abar_t) of one step t, -1 .. T-1, as floats."""
+        return math.sqrt(self.abar[t]), math.sqrt(1 - self.abar[t])
+
+    def target_weights(self, alpha, sigma):
+        """(w_z0, w_eps): the network predicts w_z0 z0 + w_eps eps."""
+        return {"eps": (0, 1), "v": (-sigma, alpha)}[self.target]
+
+    def add_noise(self, z0, eps, t):
+        """z0, eps (B, D, h, w), t (B,) -> z_t, and what to predict; DDPM Eq. 4: any t in one go."""
+        abar = self.alphas_cumprod[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()  # z_t keeps the variance 1 of z0
+        w_z0, w_eps = self.target_weights(alpha, sigma)
+        return alpha * z0 + sigma * eps, w_z0 * z0 + w_eps * eps
+
+    def z0_and_eps(self, pred, z_t, t):
+        """The network's answer at step t (int), as estimates of z0 and eps: the two equations of
+        add_noise, solved by Cramer's rule. z0 is not clamped: latents have no fixed range."""
+        alpha, sigma = self.alpha_sigma(t)
+        w_z0, w_eps = self.target_weights(alpha, sigma)
+        det = alpha * w_eps - sigma * w_z0  # v: 1; eps: alpha (1/84 at T-1: errors grow 84-fold)
+        return (w_eps * z_t - sigma * pred) / det, (alpha * pred - w_z0 * z_t) / det
+
+    def timesteps(self, steps):
+        """[(t, t_next), ...], evenly spaced from the noisiest step T-1 down to -1, clean."""
+        t = np.linspace(self.T - 1, -1, steps + 1).round().astype(int).tolist()
+        return list(zip(t, t[1:]))  # 30 steps: (999, 966), .., (32, -1)
+
+    def ddpm_step(self, z0, z_t, t, t_next, noise):
+        """Draws from q(z_next | z_t, z0), z0 the estimate: DDPM Eq. 6-7, for any t_next < t."""
+        abar, abar_next = self.abar[t], self.abar[t_next]
+        a = abar / abar_next  # DDPM's alpha_t = 1 - beta_t if t_next = t - 1
+        z0_weight = math.sqrt(abar_next) * (1 - a) / (1 - abar)
+        z_t_weight = math.sqrt(a) * (1 - abar_next) / (1 - abar)
+        var = (1 - a) * (1 - abar_next) / (1 - abar)  # 0 in the last step
+        return z0_weight * z0 + z_t_weight * z_t + math.sqrt(var) * noise
+
+    def ddim_step(self, z0, eps, t_next):
+        """The same z0 and eps, mixed with less noise: DDIM Eq. 12 with no new noise."""
+        alpha, sigma = self.alpha_sigma(t_next)
+        return alpha * z0 + sigma * eps
+
+    def dpm_step(self, z0, z_t, t, t_next, previous=None):
+        """DPM-Solver++(2M), Algorithm 2: DDIM, but with z0 extrapolated to the middle of the step,
+        along lambda = log(alpha / sigma). previous: (t, z0) of the step before, if any."""
+        if previous is not None and t_next >= 0:  # at t = -1 lambda is infinite: DDIM
+            t_before, z0_before = previous
+            width = self.lam[t_next] - self.lam[t]
+            width_before = self.lam[t] - self.lam[t_before]
+            z0 = z0 + (z0 - z0_before) / width_before * width / 2  # its slope, for half a step
+        alpha, sigma = self.alpha_sigma(t)
+        return self.ddim_step(z0, (z_t - alpha * z0) / sigma, t_next)  # eps that fits this z0
+
+
+# ---- 6. UNet, and the latent diffusion model that ties sections 2, 5 and 6 together -------------
+# The blocks of section 1, told the step t, with attention; a skip per block (DDPM: per layer).
+
+class UNet(nn.Module):
+    """z_t (B, D, h, w), t (B,) -> prediction (B, D, h, w). The first `downs` of its len(widths) - 1
+    blocks halve h and w. The comments are for widths 192 256 384 512, downs 3, h = w = 32."""
+    def __init__(self, z_channels, widths, downs, layers):
+        super().__init__()
+        c = widths[0]
+        t_dim = 4 * c  # as in DDPM's code
+        self.time = nn.Sequential(nn.Linear(c, t_dim), nn.SiLU(),
+                                  nn.Linear(t_dim, t_dim), nn.SiLU())  # SiLU here, not per block
+        self.conv_in = nn.Conv2d(z_channels, c, 3, padding=1)
+        halvings = [i < downs for i in range(len(widths) - 1)]  # True True True
+        self.down_blocks = nn.ModuleList()  # 192 -> 256 -> 384 -> 512
+        for c_in, c_out, halve in zip(widths, widths[1:], halvings):
+            self.down_blocks.append(DownBlock(c_in, c_out, layers, t_dim, heads=4, down=halve))
+        self.mid = MidBlock(widths[-1], widths[-2], layers, t_dim)  # 512 -> 384
+        self.up_blocks = nn.ModuleList()  # narrower than the way down: cheaper
+        up_widths = [*widths[-2::-1], c]  # 384 256 192, as wide as the skips, and 192 again
+        for c_in, c_out, double in zip(up_widths, up_widths[1:], halvings[::-1]):
+            self.up_blocks.append(UpBlock(c_in, c_out, layers, t_dim, 4, up=double, c_skip=c_in))
+        self.out = norm_silu_conv(c, z_channels)
+        nn.init.zeros_(self.out[-1].weight)  # first answers near 0, loss near 1
+
+    def forward(self, z_t, t):
+        x = self.conv_in(z_t)                                   # (B, 192, 32, 32)
+        t_emb = self.time(sinusoids(t, x.shape[1]))  # (B, 192) -> (B, t_dim)
+        skips = []
+        for block in self.down_blocks:
+            skips.append(x)  # what goes into a down block comes back in its mirror image
+            x = block(x, t_emb)  # (B, 256, 16, 16), (B, 384, 8, 8), (B, 512, 4, 4)
+        x = self.mid(x, t_emb)                                  # (B, 384, 4, 4)
+        for block in self.up_blocks:
+            x = block(x, t_emb, skips.pop())  # (B, 256, 8, 8), (B, 192, 16, 16), (B, 192, 32, 32)
+        return self.out(x).float()                              # (B, D, h, w)
+
+class LatentDiffusion(nn.Module):
+    """UNet, noise scheduler, autoencoder, mean and std of its latents. From LDMConfig and AEConfig.
+    unet: the running average of the trained weights; guide: the same, frozen after a fifth of the
+    steps: unet's errors, larger. `sample` steers away (autoguidance: Karras et al., 2406.02507)."""
+    def __init__(self, cfg, ae_cfg, ae):
+        super().__init__()
+        D = ae_cfg.z_channels
+        side = ae_cfg.size // 2 ** (len(ae_cfg.widths) - 1)
+        # True as long as the halved side is whole and 4 or more, then False
+        can_halve = [side % 2 ** i == 0 and side // 2 ** i >= 4 for i in range(1, len(cfg.widths))]
+        self.shape = (D, side, side)
+        self.ae = ae
+        self.ae_cfg = ae_cfg
+        self.unet = UNet(D, cfg.widths, sum(can_halve), cfg.layers)
+        self.guide = copy.deepcopy(self.unet)
+        self.scheduler = NoiseScheduler(target=cfg.target)
+        self.register_buffer("mean", torch.zeros(1, D, 1, 1))
+        self.register_buffer("std", torch.ones(1, D, 1, 1))
+
+    def measure(self, z):
+        """Sets mean and std, per channel, from latents z (N, D, h, w). The schedule is for variance
+        1: larger variances show through at t = T-1, smaller ones drown early (LDM, app. G)."""
+        self.std, self.mean = torch.std_mean(z.float(), (0, 2, 3), keepdim=True)
+        self.std.clamp_(min=1e-6)  # a channel may be flat
+
+    def normalise(self, z):
+        """Latents (B, D, h, w) of the autoencoder -> z0, as the UNet sees them."""
+        return (z.float() - self.mean) / self.std
+
+    def decode(self, z0):
+        """The way back, and to images (B, C, H, W) in [-1, 1]."""
+        return self.ae.decode(z0 * self.std + self.mean).clamp(-1, 1)
+
+    @torch.no_grad()
+    def sample(self, n, seed, sampler="dpm", steps=30, batch=64, dtype=None, trace=None,
+               guidance=1.5):
+        """Noise -> `n` images (n, C, H, W) in [-1, 1], on the CPU. Image i has a noise generator of
+        its own: but for rounding, the image does not depend on n or batch. `trace`, a list, gets
+        (z_t, estimate of z0) of the first four. sampler: ddpm, ddim, dpm. guidance 1: none."""
+        require(sampler in ("ddpm", "ddim", "dpm"), "sampler", sampler, "give ddpm, ddim or dpm")
+        device = self.mean.device
+        def draw_noise(generators):
+            noise = [torch.randn(self.shape, generator=g) for g in generators]
+            return torch.stack(noise).to(device)                # (batch, D, h, w)
+
+        generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(n)]
+        images = []
+        for i in range(0, n, batch):
+            own = generators[i:i + batch]
+            z_t = draw_noise(own)
+            previous = None
+            with autocast(device, dtype):
+                for t, t_next in self.scheduler.timesteps(steps):
+                    t_now = torch.full((len(own),), t, device=device)
+                    guide = self.guide(z_t, t_now)
+                    pred = guide + guidance * (self.unet(z_t, t_now) - guide)
+                    z0, eps = self.scheduler.z0_and_eps(pred, z_t, t)
+                    if trace is not None and i == 0:
+                        trace.append((z_t[:4].clone(), z0[:4].clone()))
+                    if sampler == "ddpm":
+                        z_t = self.scheduler.ddpm_step(z0, z_t, t, t_next, draw_noise(own))
+                    elif sampler == "ddim":
+                        z_t = self.scheduler.ddim_step(z0, eps, t_next)
+                    else:
+                        z_t = self.scheduler.dpm_step(z0, z_t, t, t_next, previous)
+                    previous = (t, z0)
+                images.append(self.decode(z_t).cpu())
+        return torch.cat(images)
+
+
+# ---- 7. Settings --------------------------------------------------------------------------------
 # A dataclass per subcommand; the command line is made from its fields. The defaults are the recipe
 # for 256x256 photos (celebhq, or your own folder); PRESETS says what differs for the small sets.
 
@@ -177,7 +652,307 @@ def place(net, device):
     return net.to(device, memory_format=layout)
 
 
-# ---- 2. Data: everything becomes one uint8 tensor (N, C, H, W) ----------------------------------
+# ---- 8. Training, what both stages share --------------------------------------------------------
+# One skeleton: draw a batch, loss under autocast, backward, optimise; now and then log and save.
+
+def learning_rate(cfg, step):
+    """Rises for 500 steps or fewer, stays, and falls to 0 over the second half: Adam settles."""
+    rise = step / min(500, 0.05 * cfg.steps)
+    fall = (cfg.steps + 1 - step) / (0.5 * cfg.steps)
+    return cfg.lr * min(1, rise, fall)
+
+def optimise(scaler, optimiser, net, lr):
+    """One step on the gradients at hand, their norm held below 1; then they are zeroed."""
+    optimiser.param_groups[0]["lr"] = lr
+    scaler.unscale_(optimiser)  # undoes fp16's scaling: clipping needs the norm
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    scaler.step(optimiser)  # with fp16: not if a gradient overflowed
+    optimiser.zero_grad()
+
+@torch.no_grad()
+def update_ema(ema, model, step):
+    """ema = decay ema + (1 - decay) model: an average over the last 200 steps or so, which jitters
+    less than the weights; shorter at first, or the random start would stay in it for long."""
+    decay = min(0.995, (1 + step) / (10 + step))
+    # all weights in one go: a loop of lerp_ would add 8 % to a step of the UNet
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+class OnePassGroupNorm(nn.GroupNorm):
+    """nn.GroupNorm with var = E[x^2] - E[x]^2, so that x is read once, and without its copy to
+    NCHW. Compiled, a step of the UNet takes 20 % less time (H100, bf16)."""
+    def forward(self, x):
+        x = x.float()  # the difference of two large numbers: bf16 has no digits to spare
+        split = (self.num_groups, -1)
+        mean = x.mean((2, 3)).unflatten(1, split).mean(2, keepdim=True)  # (B, groups, 1)
+        mean_square = x.square().mean((2, 3)).unflatten(1, split).mean(2, keepdim=True)
+        var = (mean_square - mean.square()).clamp(min=0)  # rounding can bring it below
+        scale = self.weight.view(split) * (var + self.eps).rsqrt()  # (B, groups, c / groups)
+        shift = self.bias.view(split) - mean * scale
+        return x * scale.flatten(1)[:, :, None, None] + shift.flatten(1)[:, :, None, None]
+
+def compile_network(net, cfg, device):
+    """In place, so that names in checkpoints stay. The first step then takes a minute or two."""
+    if cfg.compile and device.type == "cuda":
+        for module in net.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.__class__ = OnePassGroupNorm  # another forward, same weights
+        # CUDA graphs launch all at once, but a replay overwrites the gradients that --accum adds up
+        net.compile(dynamic=False, mode="reduce-overhead" if cfg.accum == 1 else "default")
+
+
+# ---- 9. Stage 1: the autoencoder ----------------------------------------------------------------
+# VQGAN, arXiv 2012.09841, section 3.1: reconstruction + LPIPS + latent terms + GAN, which joins in
+# late; Adam's betas are from its code. Its GAN weight is adaptive. Ours rises over 1000 steps, for
+# a new discriminator does harm; then it falls like the learning rate, or eyes fill up with grain.
+
+LPIPS_WEIGHTS = Path(__file__).resolve().with_name("lpips_weights.pth")
+
+def psnr(x_rec, x):
+    """Peak signal-to-noise ratio (B,) in dB of images in [-1, 1]: 10 log10(peak^2 / MSE)."""
+    mse = (x_rec - x).square().mean((1, 2, 3)).clamp(min=1e-10)
+    return 10 * torch.log10(2 ** 2 / mse)
+
+def codebook_use(picks):
+    """Picks per code (K,) -> codes in use in percent, perplexity exp(-sum p log p), at most K."""
+    p = picks / picks.sum().clamp(min=1)  # no picks yet: 0 / 1, not 0 / 0
+    return 100 * (p > 0).float().mean(), torch.special.entr(p).sum().exp()  # entr(p) = -p log p
+
+def draw_images(images, cfg, device):
+    """A random batch (B, C, H, W) in [-1, 1], with cfg.flip each mirrored or not by chance."""
+    x = images[torch.randint(len(images), (cfg.batch,))]
+    if device.type == "cuda":  # pinned: copied while Python goes on, 7 % less time
+        x = x.pin_memory().to(device, non_blocking=True)
+    x = to_float(x, device)
+    if cfg.flip:
+        x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
+    return x
+
+def train_ae(cfg):
+    """Trains a VQVAE or VAE to cfg.steps and leaves <out>/ae.pt. Raises UserError."""
+    device, dtype = pick_device(cfg)
+    images, held = load_images(cfg)
+    preview = to_float(held[:8], device)
+    if cfg.perceptual_weight > 0:
+        lpips = place(LPIPS(LPIPS_WEIGHTS), device)
+        compile_network(lpips, cfg, device)
+    weights = {"recon": 1.0, "codebook": cfg.codebook_weight, "commit": cfg.commit_weight,
+               "kl": cfg.kl_weight, "perceptual": cfg.perceptual_weight}
+
+    torch.manual_seed(cfg.seed)
+    ae = place(build_autoencoder(cfg), device)
+    disc = place(PatchGAN(cfg.channels), device)
+    opt = torch.optim.Adam(ae.parameters(), betas=(0.5, 0.9), fused=True)  # lr: see optimise
+    opt_d = torch.optim.Adam(disc.parameters(), betas=(0.5, 0.9), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16 underflows
+    run = Run(cfg, "ae", dict(net=ae, disc=disc, opt=opt, opt_d=opt_d, scaler=scaler))
+    run.resume()
+    compile_network(ae, cfg, device)
+
+    for step in run.steps():  # up to cfg.steps; Ctrl-C saves, then stops
+        torch.manual_seed(cfg.seed * 1_000_003 + step)  # resumed or not: same numbers
+        lr = learning_rate(cfg, step)
+        ramp = min(1, max(0, step - cfg.disc_start) / 1000)
+        weights["gan"] = cfg.gan_weight * ramp * lr / cfg.lr  # rises, then falls with lr
+        if cfg.ae == "vq" and step % 100 == 1:  # moves codes that the last 100 steps did not use
+            with torch.no_grad(), autocast(device, dtype):
+                ae.restart_codes(ae.encode(draw_images(images, cfg, device)))
+
+        for _ in range(cfg.accum):  # gradients add up over these; one step follows
+            x = draw_images(images, cfg, device)                # (B, C, H, W)
+
+            # (1) autoencoder: minimise the weighted sum of its terms
+            with autocast(device, dtype):
+                x_rec, terms = ae(x)
+                terms["recon"] = F.l1_loss(x_rec, x) if cfg.recon == "l1" else F.mse_loss(x_rec, x)
+                if cfg.perceptual_weight > 0:
+                    terms["perceptual"] = lpips(x_rec, x).mean()
+                if weights["gan"] > 0:
+                    disc.requires_grad_(False)  # gradients pass, none stay
+                    terms["gan"] = generator_loss(cfg.gan, disc(x_rec))
+                    disc.requires_grad_(True)  # for (2); the graph of (1) is made
+                loss = sum(weights[name] * term for name, term in terms.items())
+            scaler.scale(loss / cfg.accum).backward()  # / accum: the sum becomes a mean
+
+            # (2) discriminator: tell images from reconstructions
+            if weights["gan"] > 0:
+                with autocast(device, dtype):
+                    real, fake = disc(x), disc(x_rec.detach())  # (B, 1, h', w')
+                    terms["disc"] = discriminator_loss(cfg.gan, real, fake)
+                scaler.scale(terms["disc"] / cfg.accum).backward()
+                terms |= {"score_real": real.mean(), "score_fake": fake.mean()}  # for the log
+            run.add(terms)
+
+        optimise(scaler, opt, ae, lr)
+        if weights["gan"] > 0:
+            optimise(scaler, opt_d, disc, lr)
+        scaler.update()  # fp16: smaller after an overflow
+
+        if run.due() or run.due(cfg.save_every):  # every 100 steps, and before saving
+            with torch.no_grad(), autocast(device, dtype):
+                z = ae.encode(preview)
+                preview_rec = ae.decode(z).clamp(-1, 1)
+            more = {"held_psnr": psnr(preview_rec, preview).mean(), "z_std": z.std()}
+            if cfg.ae == "vq":
+                more["codes_percent"], more["perplexity"] = codebook_use(ae.usage)
+            run.log(**more)
+        if run.due(cfg.save_every):  # picture rows: images, reconstructions, latents
+            rows = [preview, preview_rec, latent_picture(z, cfg.size)]
+            run.save(torch.cat([row.expand(-1, 3, -1, -1) for row in rows]), len(preview))
+
+
+# ---- 10. Stage 2: diffusion on the latents ------------------------------------------------------
+# The autoencoder is frozen, so each image is encoded once. The loss: DDPM Eq. 14, or that for v.
+
+def load_autoencoder(path, device):
+    """The autoencoder of a checkpoint ae.pt, frozen, and its settings. Raises UserError."""
+    ckpt = load_file(path, "ae")
+    cfg = AEConfig(**ckpt["config"])
+    ae = build_autoencoder(cfg)
+    ae.load_state_dict(ckpt["parts"]["net"])
+    return place(ae, device).eval().requires_grad_(False), cfg
+
+def load_latents(cfg, ae, images, device, dtype):
+    """Latents of the images, with cfg.flip also of the mirrored ones: (N or 2N, D, h, w), float16.
+    From <out>/latents.pt if these images and this autoencoder made it, else encoded now."""
+    path = Path(cfg.out, "latents.pt")
+    name = fingerprint(cfg.ae_fingerprint, cfg.flip, images.movedim(1, -1))  # NHWC: no copy
+    saved = load_file(path, "latents") if path.exists() else {}
+    if name not in saved:
+        print(f"encoding {len(images)} images")
+        latents = []
+        for mirrored in ([False, True] if cfg.flip else [False]):
+            for batch in images.split(16):  # few at once, as in stage 1
+                x = to_float(batch, device)
+                with autocast(device, dtype):
+                    latents.append(ae.encode(x.flip(3) if mirrored else x).half())
+        saved = {name: torch.cat(latents)}
+        save_file(path, "latents", saved)
+    return saved[name].to(device)
+
+def train_ldm(cfg):
+    """Trains a UNet on the latents to cfg.steps and leaves <out>/ldm.pt. Raises UserError."""
+    device, dtype = pick_device(cfg)
+    ae, ae_cfg = load_autoencoder(Path(cfg.out, "ae.pt"), device)
+    images, _ = load_images(replace(ae_cfg, data=cfg.data, data_root=cfg.data_root))
+    cfg.ae_fingerprint = fingerprint(*ae.state_dict().values())
+    cfg.ae_settings = asdict(ae_cfg)
+    torch.manual_seed(cfg.seed)
+    ldm = place(LatentDiffusion(cfg, ae_cfg, ae), device).requires_grad_(False)
+    unet = copy.deepcopy(ldm.unet).requires_grad_(True)  # the one trained; ldm.unet: its average
+    opt = torch.optim.Adam(unet.parameters(), betas=(0.9, 0.99), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    run = Run(cfg, "ldm", dict(net=unet, ldm=ldm, opt=opt, scaler=scaler))
+    run.resume()
+    z_all = load_latents(cfg, ldm.ae, images, device, dtype)    # (N, D, h, w)
+    ldm.measure(z_all)
+    print(f"latents {tuple(z_all.shape)}, mean {ldm.mean.flatten()}, std {ldm.std.flatten()}")
+    compile_network(unet, cfg, device)
+
+    for step in run.steps():  # up to cfg.steps; Ctrl-C saves, then stops
+        torch.manual_seed(cfg.seed * 1_000_003 + step)  # resumed or not: same numbers
+        for _ in range(cfg.accum):  # gradients add up over these
+            z = z_all[torch.randint(len(z_all), (cfg.batch,), device=device)]
+            z0 = ldm.normalise(z)                               # (B, D, h, w)
+            t = torch.randint(ldm.scheduler.T, (cfg.batch,), device=device)
+            z_t, target = ldm.scheduler.add_noise(z0, torch.randn_like(z0), t)
+            with autocast(device, dtype):
+                loss = F.mse_loss(unet(z_t, t), target)
+            scaler.scale(loss / cfg.accum).backward()
+            run.add({"loss": loss})
+
+        optimise(scaler, opt, unet, learning_rate(cfg, step))
+        scaler.update()
+        update_ema(ldm.unet, unet, step)
+        if step <= cfg.steps // 5:  # then it stays behind
+            update_ema(ldm.guide, unet, step)
+
+        if run.due() or run.due(cfg.save_every):  # every 100 steps, and before saving
+            run.log()
+        if run.due(cfg.save_every):
+            run.save(ldm.sample(16, cfg.seed, dtype=dtype))
+
+
+# ---- 11. Sampling and evaluation ----------------------------------------------------------------
+
+def load_ldm(path, device):
+    """The LatentDiffusion of a checkpoint ldm.pt, frozen. Raises UserError."""
+    ckpt = load_file(Path(path), "ldm")
+    cfg = LDMConfig(**ckpt["config"])
+    ae_cfg = AEConfig(**cfg.ae_settings)
+    ldm = LatentDiffusion(cfg, ae_cfg, build_autoencoder(ae_cfg))
+    ldm.load_state_dict(ckpt["parts"]["ldm"])
+    return place(ldm, device).eval().requires_grad_(False)
+
+def find_checkpoint(cfg, *stages):
+    """The newest checkpoint of these stages in --out, or under runs/. Raises UserError."""
+    folders = [Path(cfg.out)] if cfg.out else Path("runs").glob("*")
+    found = [path for f in folders for path in f.glob("*.pt") if path.stem in stages]
+    require(found, "out", cfg.out or Path("runs").absolute(), "holds no such run: train first")
+    return max(found, key=os.path.getmtime)
+
+def sample(cfg):
+    """Writes samples.png, and the denoising of four of them, progress.png, into the run folder."""
+    device, dtype = pick_device(cfg)
+    path = find_checkpoint(cfg, "ldm")
+    ldm = load_ldm(path, device)
+    n = cfg.n or 16
+    trace = []
+    images = ldm.sample(n, cfg.seed, cfg.sampler, cfg.steps, cfg.batch, dtype, trace, cfg.guidance)
+    strip = denoising_strip(trace, ldm)
+    save_picture(path.with_name("samples.png"), image_grid(images, math.ceil(math.sqrt(n))))
+    save_picture(path.with_name("progress.png"), image_grid(strip, len(strip) // 8))
+    print(f"wrote {path.with_name('samples.png').absolute()}")
+
+def denoising_strip(trace, ldm):
+    """Eight rows, noise to image: z_t of four samples, z_t decoded, the estimate of z0 decoded."""
+    rows = []
+    for k in np.linspace(0, len(trace) - 1, 8).round().astype(int):
+        z_t, z0 = trace[k]                                      # (4, D, h, w)
+        x_t, x0 = ldm.decode(z_t), ldm.decode(z0)               # (4, C, H, W)
+        rows += [latent_picture(z_t, x_t.shape[-1]), x_t, x0]
+    return torch.cat([row.expand(-1, 3, -1, -1) for row in rows])
+
+def frechet_distance(a, b):
+    """Between Gaussians fitted to features a, b (N, c), N > 1: |mu_a - mu_b|^2 + tr(S_a + S_b -
+    2 (S_a S_b)^(1/2)); Heusel et al. 2017, arXiv 1706.08500."""
+    a, b = a.double(), b.double()  # large sums almost cancel: float32 loses digits
+    S_a, S_b = torch.cov(a.T), torch.cov(b.T)                   # (c, c)
+    cross = torch.linalg.eigvals(S_a @ S_b).real.clamp(min=0).sqrt().sum()  # tr (S_a S_b)^(1/2)
+    return (a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * cross
+
+def evaluate(cfg):
+    """Prints and returns {figure: value}, against images held out. Raises UserError."""
+    device, dtype = pick_device(cfg)
+    path = find_checkpoint(cfg, "ae", "ldm")
+    ldm = load_ldm(path, device) if path.stem == "ldm" else None
+    ae, ae_cfg = (ldm.ae, ldm.ae_cfg) if ldm else load_autoencoder(path, device)
+    _, held = load_images(replace(ae_cfg, data=cfg.data or ae_cfg.data,
+                                  data_root=cfg.data_root or ae_cfg.data_root))
+    lpips = place(LPIPS(LPIPS_WEIGHTS), device)
+
+    def features(x):  # (B, C, H, W) -> (B, 512): relu5_3, averaged over the positions
+        return lpips.features(x.to(device))[-1].mean((2, 3)).cpu()
+
+    rows = []
+    for batch in held.split(32):
+        x = to_float(batch, device)
+        x_rec = ae.decode(ae.encode(x)).clamp(-1, 1)
+        rows.append((psnr(x_rec, x), lpips(x_rec, x), features(x), features(x_rec)))
+    psnrs, distances, real, rebuilt = map(torch.cat, zip(*rows))
+    table = {"PSNR, dB": psnrs.mean(), "LPIPS": distances.mean(),
+             "FD, reconstructions": frechet_distance(rebuilt, real)}
+    if ldm:
+        n = max(2, cfg.n or 2000)  # one has no covariance
+        fake = ldm.sample(n, cfg.seed, cfg.sampler, cfg.steps, cfg.batch, dtype, None, cfg.guidance)
+        fake = torch.cat([features(part) for part in fake.split(32)])
+        table[f"FD, {n} samples ({cfg.sampler}, {cfg.steps} steps)"] = frechet_distance(fake, real)
+    print(f"{path.absolute()}, {len(held)} held-out images; FD by VGG16, not Inception's FID")
+    for name, value in table.items():
+        print(f"  {name:42} {float(value):.4g}")
+    return table
+
+
+# ---- 12. Data: everything becomes one uint8 tensor (N, C, H, W) ---------------------------------
 # Folders are decoded once, to squares, and cached; a part is held out from training for `eval`.
 
 BACK = [(150, 205, 240), (250, 214, 150), (186, 230, 180), (240, 180, 190), (206, 190, 240)]
@@ -314,482 +1089,7 @@ def to_float(images, device):
     return images.to(device).float() / 127.5 - 1
 
 
-# ---- 3. Blocks: one set for the encoder, the decoder and the UNet -------------------------------
-# After DDPM (Ho et al. 2020, arXiv 2006.11239, appendix B), with four heads of attention. Each is
-# built from those above it; sinusoids are for the UNet alone.
-
-def group_norm(c):
-    """Mean 0, variance 1 per group of channels: at most 32 groups, of at least 4 channels."""
-    return nn.GroupNorm(math.gcd(32, c // 4), c)  # c: a multiple of 4
-
-def norm_silu_conv(c_in, c_out, bias=True):
-    conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=bias)
-    return nn.Sequential(group_norm(c_in), nn.SiLU(), conv)
-
-def sinusoids(t, dim):
-    """Steps t (B,) -> (B, dim): sines and cosines, wavelengths from 2 pi to almost 20000 pi."""
-    freqs = 10000 ** (-torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angles = t[:, None].float() * freqs                         # (B, dim / 2)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-class Attention(nn.Module):
-    """(B, c, h, w) -> the same shape: every position looks at every other one; residual."""
-    def __init__(self, c, heads):
-        super().__init__()
-        self.heads = heads
-        self.norm = group_norm(c)
-        self.qkv = nn.Linear(c, 3 * c)
-        self.proj = nn.Linear(c, c)
-        nn.init.zeros_(self.proj.weight)  # starts near the identity: gradients pass
-
-    def forward(self, x):
-        tokens = self.norm(x).flatten(2).transpose(1, 2)        # (B, h*w, c)
-        qkv = self.qkv(tokens).unflatten(2, (3 * self.heads, -1))  # (B, h*w, 3*heads, c/heads)
-        q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)  # (B, heads, h*w, c/heads)
-        out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(c/heads)) v
-        out = self.proj(out.transpose(1, 2).flatten(2))         # (B, h*w, c)
-        return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
-
-class ResBlock(nn.Module):
-    """(B, c_in, H, W) -> (B, c_out, H, W): two convolutions and a shortcut around them, attention
-    if heads > 0. t_dim: the width of a time embedding (B, t_dim), if there is one."""
-    def __init__(self, c_in, c_out, t_dim=None, heads=0):
-        super().__init__()
-        self.conv1 = norm_silu_conv(c_in, c_out, bias=False)  # the next norm has a bias
-        self.conv2 = norm_silu_conv(c_out, c_out, bias=False)
-        self.time = nn.Linear(t_dim, c_out) if t_dim else None
-        self.shortcut = nn.Conv2d(c_in, c_out, 1, bias=False) if c_in != c_out else nn.Identity()
-        self.attention = Attention(c_out, heads) if heads > 0 else nn.Identity()
-        nn.init.zeros_(self.conv2[-1].weight)  # starts near the shortcut
-
-    def forward(self, x, t_emb=None):
-        h = self.conv1(x)                                       # (B, c_out, H, W)
-        if self.time is not None:  # t decides a shift per channel
-            h = h + self.time(t_emb)[:, :, None, None]
-        return self.attention(self.shortcut(x) + self.conv2(h))
-
-class Stack(nn.Sequential):
-    """Layers in a row, of which the ResBlocks get the time embedding too."""
-    def forward(self, x, t_emb=None):
-        for layer in self:
-            x = layer(x, t_emb) if isinstance(layer, ResBlock) else layer(x)
-        return x
-
-def res_blocks(c_in, c_out, n, t_dim, heads):
-    """A list of `n` ResBlocks, of which the first one changes the width."""
-    widths = [c_in] + n * [c_out]
-    return [ResBlock(a, b, t_dim, heads) for a, b in zip(widths, widths[1:])]
-
-class DownBlock(Stack):
-    """(B, c_in, H, W) -> (B, c_out, H/2, W/2), or with down=False (B, c_out, H, W)."""
-    def __init__(self, c_in, c_out, layers, t_dim=None, heads=0, down=True):
-        super().__init__(*res_blocks(c_in, c_out, layers, t_dim, heads))
-        if down:
-            self.append(nn.Conv2d(c_out, c_out, 3, stride=2, padding=1))
-
-class MidBlock(Stack):
-    """(B, c_in, h, w) -> (B, c_out, h, w): `layers` ResBlocks with attention, and one without."""
-    def __init__(self, c_in, c_out, layers, t_dim=None, heads=4):
-        super().__init__(*res_blocks(c_in, c_out, layers, t_dim, heads))
-        self.append(ResBlock(c_out, c_out, t_dim))
-
-class UpBlock(nn.Module):
-    """(B, c_in, h, w) -> (B, c_out, 2h, 2w), or with up=False (B, c_out, h, w). A skip of
-    c_skip channels, as high and wide as the output, joins in before the ResBlocks."""
-    def __init__(self, c_in, c_out, layers, t_dim=None, heads=0, up=True, c_skip=0):
-        super().__init__()
-        # nearest + conv: transposed convolutions would leave checkerboards
-        conv = nn.Conv2d(c_in, c_in, 3, padding=1)
-        self.up = nn.Sequential(nn.Upsample(scale_factor=2), conv) if up else nn.Identity()
-        self.blocks = Stack(*res_blocks(c_in + c_skip, c_out, layers, t_dim, heads))
-
-    def forward(self, x, t_emb=None, skip=None):
-        x = self.up(x)                                          # (B, c_in, 2h, 2w) if up
-        if skip is not None:
-            x = torch.cat([x, skip], dim=1)
-        return self.blocks(x, t_emb)
-
-
-# ---- 4. Autoencoders: VQVAE and VAE differ only in what happens to the latent -------------------
-# Both keep z easy to model in stage 2. VQVAE (van den Oord et al. 2017, arXiv 1711.00937): the
-# decoder sees only K different vectors, and a commitment loss makes z_e gather around them; argmin
-# has no gradient, hence the straight-through trick. VAE (Kingma & Welling 2013, arXiv 1312.6114):
-# noise of a learned size is added to the mean, and a KL term keeps the mean small and the noise
-# large (both only weakly here); z = mean + std eps, so that gradients reach both.
-
-def build_encoder(channels, widths, layers, c_out):
-    """Network: image (B, C, H, W) -> (B, c_out, h, w) with h = H / 2 ** (len(widths) - 1)."""
-    c = widths[-1]
-    return nn.Sequential(
-        nn.Conv2d(channels, widths[0], 3, padding=1),
-        *[DownBlock(a, b, layers) for a, b in zip(widths, widths[1:])],
-        MidBlock(c, c, layers),
-        norm_silu_conv(c, c_out),
-        nn.Conv2d(c_out, c_out, 1))  # mixes and scales z, like VQGAN's quant_conv
-
-def build_decoder(channels, widths, layers, z_channels):
-    """Network: latent (B, D, h, w) -> image (B, C, H, W), the encoder mirrored."""
-    widths = widths[::-1]
-    c = widths[0]
-    return nn.Sequential(
-        nn.Conv2d(z_channels, z_channels, 1),
-        nn.Conv2d(z_channels, c, 3, padding=1),
-        MidBlock(c, c, layers),
-        *[UpBlock(a, b, layers) for a, b in zip(widths, widths[1:])],
-        norm_silu_conv(widths[-1], channels))  # no tanh: [-1, 1] is learnt, and callers clamp
-
-class VQVAE(nn.Module):
-    """Autoencoder that replaces each latent vector by the nearest of K codebook vectors.
-    Call restart_codes(z_e) before the first step and every hundred steps."""
-    def __init__(self, channels, widths, layers, z_channels, codebook_size):
-        super().__init__()
-        self.encoder = build_encoder(channels, widths, layers, z_channels)
-        self.decoder = build_decoder(channels, widths, layers, z_channels)
-        self.codebook = nn.Embedding(codebook_size, z_channels)  # (K, D)
-        self.register_buffer("usage", torch.zeros(codebook_size))  # picks since the last restart
-
-    def quantise(self, z_e):
-        """z_e (B, D, h, w) -> z_q (B, D, h, w), nearest codes (Eq. 1-2), and indices (B, h, w)."""
-        z = z_e.movedim(1, -1)                                  # (B, h, w, D)
-        # cdist stays in float32 under autocast: bf16 would mistake one code in four (measured)
-        dist = torch.cdist(z.flatten(0, 2), self.codebook.weight)  # (B*h*w, K)
-        indices = dist.argmin(dim=1).view(z.shape[:3])          # (B, h, w)
-        return self.codebook(indices).movedim(-1, 1), indices
-
-    def forward(self, x):
-        """x (B, C, H, W) in [-1, 1] -> reconstruction, {name: loss}: Eq. 3's last two, unweighted.
-        Equal in value, but the codebook term moves the codes, the commit term moves z_e."""
-        z_e = self.encode(x)
-        z_q, indices = self.quantise(z_e)
-        self.usage.index_add_(0, indices.flatten(), z_e.new_ones(indices.numel()))  # += 1
-        codebook_loss = F.mse_loss(z_q, z_e.detach())
-        commit_loss = F.mse_loss(z_e, z_q.detach())
-        z_st = z_e + (z_q - z_e).detach()  # straight-through: value of z_q, gradient as from z_e
-        return self.decoder(z_st).float(), {"codebook": codebook_loss, "commit": commit_loss}
-
-    def encode(self, x):
-        """The continuous z_e (B, D, h, w), which is what stage 2 models."""
-        return self.encoder(x).float()  # under autocast it is bf16 or fp16
-
-    def decode(self, z):
-        """(B, D, h, w) -> (B, C, H, W). Quantises first: small errors of stage 2 are gone then."""
-        z_q, _ = self.quantise(z)
-        return self.decoder(z_q).float()
-
-    @torch.no_grad()
-    def restart_codes(self, z_e):
-        """Codes that nothing picks get no gradient and stay dead. Moves all codes unpicked since
-        the last call (on the first call: every code) onto random z_e."""
-        z = z_e.movedim(1, -1).flatten(0, 2)                    # (B*h*w, D)
-        new = z[torch.randint(len(z), (len(self.usage),), device=z.device)]
-        new = new + 0.01 * z.std() * torch.randn_like(new)  # no two alike
-        unused = self.usage == 0                                # (K,)
-        self.codebook.weight[unused] = new[unused]
-        self.usage.zero_()
-
-class VAE(nn.Module):
-    """Autoencoder whose latent values are Gaussians; a KL term pulls them, weakly, to N(0, 1)."""
-    def __init__(self, channels, widths, layers, z_channels):
-        super().__init__()
-        self.encoder = build_encoder(channels, widths, layers, 2 * z_channels)  # mean and logvar
-        self.decoder = build_decoder(channels, widths, layers, z_channels)
-        # starts with little noise, else the first thousands of steps are spent on getting rid of it
-        nn.init.constant_(self.encoder[-1].bias[z_channels:], -6.0)  # of logvar
-
-    def forward(self, x):
-        """x (B, C, H, W) in [-1, 1] -> reconstruction, {"kl": KL(q(z | x) || N(0, 1))}, appendix B:
-        -1/2 sum(1 + logvar - mean^2 - exp(logvar)), / x.numel(), like the pixel loss."""
-        mean, logvar = self.encoder(x).float().chunk(2, dim=1)  # each (B, D, h, w)
-        logvar = logvar.clamp(-30, 20)  # exp stays finite
-        z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)  # reparameterised: Eq. 10
-        kl = -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum() / x.numel()
-        return self.decoder(z).float(), {"kl": kl}
-
-    def encode(self, x):
-        """The mean of q(z | x), (B, D, h, w): q's std is tiny, so no draw is needed."""
-        return self.encoder(x).float().chunk(2, dim=1)[0]
-
-    def decode(self, z):
-        return self.decoder(z).float()                          # (B, C, H, W)
-
-def build_autoencoder(cfg):
-    """What an AEConfig describes, with random weights."""
-    args = (cfg.channels, cfg.widths, cfg.layers, cfg.z_channels)
-    if cfg.ae == "vq":
-        return VQVAE(*args, cfg.codebook_size)
-    return VAE(*args)
-
-
-# ---- 5. LPIPS: how different two images look (Zhang et al. 2018, arXiv 1801.03924) --------------
-# Where z leaves details open, the least pixel error is their average (l2) or median (l1): blur. In
-# a distance of features of an image classifier a blur is far away, so the decoder has to choose.
-
-class LPIPS(nn.Module):
-    """Distance of two images as people see it: the `lpips` package with net="vgg", v0.1. Frozen.
-    weights: file of Eq. 1's learned w^2, (1, c, 1, 1), for five layers. vgg: `features.*` weights
-    of a VGG16; None: torchvision's (ImageNet). Raises UserError if one of the two cannot be had."""
-    def __init__(self, weights="lpips_weights.pth", vgg=None):
-        super().__init__()
-        try:
-            lins = torch.load(weights, map_location="cpu", weights_only=True)
-            self.lins = nn.ParameterList(lins[f"lin{i}.model.1.weight"] for i in range(5))
-            vgg = vgg or models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(weights_only=True)
-        except Exception as error:  # no such file, a damaged one, no internet
-            raise UserError(f"LPIPS needs {weights}, and vgg16-397923af.pth of download.pytorch.org"
-                            f"/models in {torch.hub.get_dir()}/checkpoints ({error!r})") from error
-        net = models.vgg.make_layers(models.vgg.cfgs["D"], batch_norm=False)  # VGG16
-        net.load_state_dict({k[9:]: w for k, w in vgg.items() if k.startswith("features.")})
-        cuts = (0, 4, 9, 16, 23, 30)  # slices end with relu1_2, 2_2, 3_3, 4_3, 5_3
-        self.slices = nn.ModuleList(net[a:b] for a, b in zip(cuts, cuts[1:]))
-        # ImageNet's mean and deviation per channel, for images in [-1, 1]
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
-        self.eval().requires_grad_(False)
-
-    def features(self, x):
-        """x (B, 1 or 3, H, W) in [-1, 1], at least 16x16 -> five feature maps."""
-        h = (x - self.shift) / self.scale  # by broadcasting, grey becomes three channels
-        maps = []
-        for part in self.slices:
-            h = part(h)  # c = 64, 128, 256, 512, 512; side H / 1, 2, 4, 8, 16
-            maps.append(h.float())  # float32: squares overflow fp16
-        return maps
-
-    def forward(self, x, y):
-        """x, y (B, 1 or 3, H, W) -> distances (B,), Eq. 1: the sum over layers of
-        mean_hw sum_c w^2 (unit(f_x) - unit(f_y))^2. No gradient goes into y."""
-        total = 0
-        for lin, f_x, f_y in zip(self.lins, self.features(x), self.features(y.detach())):
-            diff = F.normalize(f_x, dim=1) - F.normalize(f_y, dim=1)  # (B, c, h, w)
-            total = total + (lin * diff.square()).sum(dim=1).mean(dim=(1, 2))
-        return total
-
-
-# ---- 6. PatchGAN: a critic of patches (Isola et al. 2017, arXiv 1611.07004) ---------------------
-# The decoder also learns to fool it, which brings fine texture (VQGAN, see section 11).
-
-class PatchGAN(nn.Module):
-    """Images (B, C, H, W), at least 16x16 -> scores (B, 1, h', w'), one per patch; high is real."""
-    def __init__(self, channels=3, c=64):
-        super().__init__()
-        self.net = nn.Sequential(  # 4, 2, 1: kernel, stride, padding, which halves H and W
-            nn.Conv2d(channels, c, 4, 2, 1), nn.LeakyReLU(0.2),  # no norm here, says the paper
-            nn.Conv2d(c, 2 * c, 4, 2, 1), nn.BatchNorm2d(2 * c), nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * c, 4 * c, 4, 2, 1), nn.BatchNorm2d(4 * c), nn.LeakyReLU(0.2),
-            nn.Conv2d(4 * c, 1, 4, 1, 2))  # stride 1: h' = H // 8 + 1; sees 46x46 (paper: 70x70)
-        for layer in self.net:
-            if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, 0.0, 0.02)  # as in the paper
-
-    def forward(self, x):
-        return self.net(x).float()
-
-def generator_loss(kind, fake):
-    """What the autoencoder minimises, from the scores of its images. kind: bce, lsgan, hinge."""
-    if kind == "hinge":
-        return -fake.mean()
-    if kind == "lsgan":
-        return (fake - 1).square().mean()
-    if kind == "bce":
-        return F.softplus(-fake).mean()  # -log p, p = sigmoid(score)
-    raise ValueError(f"no adversarial loss {kind!r}")
-
-def discriminator_loss(kind, real, fake):
-    """What the discriminator minimises, from scores of images, reconstructions; / 2 as in Isola."""
-    if kind == "hinge":
-        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
-    if kind == "lsgan":
-        return ((real - 1).square().mean() + fake.square().mean()) / 2
-    if kind == "bce":
-        return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
-    raise ValueError(f"no adversarial loss {kind!r}")
-
-
-# ---- 7. Noise scheduler: how noise goes in, and three ways to take it out -----------------------
-# DDPM: Ho et al. 2020, arXiv 2006.11239. DDIM: Song et al. 2020, 2010.02502. DPM-Solver++(2M): Lu
-# et al. 2022, 2211.01095. A squared error is least for the mean of all eps that fit z_t. That mean
-# is -sigma times the score, the gradient of log p(z_t): plain regression finds the direction in
-# which the data lie. One jump from noise ends at the average image; after a step fewer fit z_t.
-
-class NoiseScheduler(nn.Module):
-    """z_t = alpha z0 + sigma eps. t = 0 .. T-1 are the papers' 1 .. T: t = 0 has one step of noise,
-    T-1 is nearly all noise; z0 itself is t = -1, where samplers end. target: what the network
-    predicts, eps, or v = alpha eps - sigma z0 (Salimans & Ho 2022, arXiv 2202.00512). Near t = T-1
-    eps is almost z_t, a trivial task; v is almost -z0, a real one."""
-    def __init__(self, T=1000, target="v"):
-        super().__init__()
-        self.T = T
-        self.target = target
-        # linear in sqrt(beta); LDM's range for CelebA-HQ, meant for T = 1000
-        betas = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, T, dtype=torch.float64) ** 2
-        alphas_cumprod = torch.cumprod(1 - betas, dim=0)        # (T,), abar
-        self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
-        # as floats, for the samplers; index -1, the last entry, is t = -1, without noise
-        self.abar = alphas_cumprod.tolist() + [1.0]
-        self.lam = [0.5 * math.log(a / (1 - a)) for a in self.abar[:-1]] + [math.inf]
-
-    def alpha_sigma(self, t):
-        """sqrt(abar_t) and sqrt(1 - abar_t) of one step t, -1 .. T-1, as floats."""
-        return math.sqrt(self.abar[t]), math.sqrt(1 - self.abar[t])
-
-    def target_weights(self, alpha, sigma):
-        """(w_z0, w_eps): the network predicts w_z0 z0 + w_eps eps."""
-        return {"eps": (0, 1), "v": (-sigma, alpha)}[self.target]
-
-    def add_noise(self, z0, eps, t):
-        """z0, eps (B, D, h, w), t (B,) -> z_t, and what to predict; DDPM Eq. 4: any t in one go."""
-        abar = self.alphas_cumprod[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
-        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()  # z_t keeps the variance 1 of z0
-        w_z0, w_eps = self.target_weights(alpha, sigma)
-        return alpha * z0 + sigma * eps, w_z0 * z0 + w_eps * eps
-
-    def z0_and_eps(self, pred, z_t, t):
-        """The network's answer at step t (int), as estimates of z0 and eps: the two equations of
-        add_noise, solved by Cramer's rule. z0 is not clamped: latents have no fixed range."""
-        alpha, sigma = self.alpha_sigma(t)
-        w_z0, w_eps = self.target_weights(alpha, sigma)
-        det = alpha * w_eps - sigma * w_z0  # v: 1; eps: alpha (1/84 at T-1: errors grow 84-fold)
-        return (w_eps * z_t - sigma * pred) / det, (alpha * pred - w_z0 * z_t) / det
-
-    def timesteps(self, steps):
-        """[(t, t_next), ...], evenly spaced from the noisiest step T-1 down to -1, clean."""
-        t = np.linspace(self.T - 1, -1, steps + 1).round().astype(int).tolist()
-        return list(zip(t, t[1:]))  # 30 steps: (999, 966), .., (32, -1)
-
-    def ddpm_step(self, z0, z_t, t, t_next, noise):
-        """Draws from q(z_next | z_t, z0), z0 the estimate: DDPM Eq. 6-7, for any t_next < t."""
-        abar, abar_next = self.abar[t], self.abar[t_next]
-        a = abar / abar_next  # DDPM's alpha_t = 1 - beta_t if t_next = t - 1
-        z0_weight = math.sqrt(abar_next) * (1 - a) / (1 - abar)
-        z_t_weight = math.sqrt(a) * (1 - abar_next) / (1 - abar)
-        var = (1 - a) * (1 - abar_next) / (1 - abar)  # 0 in the last step
-        return z0_weight * z0 + z_t_weight * z_t + math.sqrt(var) * noise
-
-    def ddim_step(self, z0, eps, t_next):
-        """The same z0 and eps, mixed with less noise: DDIM Eq. 12 with no new noise."""
-        alpha, sigma = self.alpha_sigma(t_next)
-        return alpha * z0 + sigma * eps
-
-    def dpm_step(self, z0, z_t, t, t_next, previous=None):
-        """DPM-Solver++(2M), Algorithm 2: DDIM, but with z0 extrapolated to the middle of the step,
-        along lambda = log(alpha / sigma). previous: (t, z0) of the step before, if any."""
-        if previous is not None and t_next >= 0:  # at t = -1 lambda is infinite: DDIM
-            t_before, z0_before = previous
-            width = self.lam[t_next] - self.lam[t]
-            width_before = self.lam[t] - self.lam[t_before]
-            z0 = z0 + (z0 - z0_before) / width_before * width / 2  # its slope, for half a step
-        alpha, sigma = self.alpha_sigma(t)
-        return self.ddim_step(z0, (z_t - alpha * z0) / sigma, t_next)  # eps that fits this z0
-
-
-# ---- 8. UNet, and the latent diffusion model that ties sections 4, 7 and 8 together -------------
-# The blocks of section 3, told the step t, with attention; a skip per block (DDPM: per layer).
-
-class UNet(nn.Module):
-    """z_t (B, D, h, w), t (B,) -> prediction (B, D, h, w). The first `downs` of its len(widths) - 1
-    blocks halve h and w. The comments are for widths 192 256 384 512, downs 3, h = w = 32."""
-    def __init__(self, z_channels, widths, downs, layers):
-        super().__init__()
-        c = widths[0]
-        t_dim = 4 * c  # as in DDPM's code
-        self.time = nn.Sequential(nn.Linear(c, t_dim), nn.SiLU(),
-                                  nn.Linear(t_dim, t_dim), nn.SiLU())  # SiLU here, not per block
-        self.conv_in = nn.Conv2d(z_channels, c, 3, padding=1)
-        halvings = [i < downs for i in range(len(widths) - 1)]  # True True True
-        self.down_blocks = nn.ModuleList()  # 192 -> 256 -> 384 -> 512
-        for c_in, c_out, halve in zip(widths, widths[1:], halvings):
-            self.down_blocks.append(DownBlock(c_in, c_out, layers, t_dim, heads=4, down=halve))
-        self.mid = MidBlock(widths[-1], widths[-2], layers, t_dim)  # 512 -> 384
-        self.up_blocks = nn.ModuleList()  # narrower than the way down: cheaper
-        up_widths = [*widths[-2::-1], c]  # 384 256 192, as wide as the skips, and 192 again
-        for c_in, c_out, double in zip(up_widths, up_widths[1:], halvings[::-1]):
-            self.up_blocks.append(UpBlock(c_in, c_out, layers, t_dim, 4, up=double, c_skip=c_in))
-        self.out = norm_silu_conv(c, z_channels)
-        nn.init.zeros_(self.out[-1].weight)  # first answers near 0, loss near 1
-
-    def forward(self, z_t, t):
-        x = self.conv_in(z_t)                                   # (B, 192, 32, 32)
-        t_emb = self.time(sinusoids(t, x.shape[1]))  # (B, 192) -> (B, t_dim)
-        skips = []
-        for block in self.down_blocks:
-            skips.append(x)  # what goes into a down block comes back in its mirror image
-            x = block(x, t_emb)  # (B, 256, 16, 16), (B, 384, 8, 8), (B, 512, 4, 4)
-        x = self.mid(x, t_emb)                                  # (B, 384, 4, 4)
-        for block in self.up_blocks:
-            x = block(x, t_emb, skips.pop())  # (B, 256, 8, 8), (B, 192, 16, 16), (B, 192, 32, 32)
-        return self.out(x).float()                              # (B, D, h, w)
-
-class LatentDiffusion(nn.Module):
-    """UNet, noise scheduler, autoencoder, mean and std of its latents. From LDMConfig and AEConfig.
-    unet: the running average of the trained weights; guide: the same, frozen after a fifth of the
-    steps: unet's errors, larger. `sample` steers away (autoguidance: Karras et al., 2406.02507)."""
-    def __init__(self, cfg, ae_cfg, ae):
-        super().__init__()
-        D = ae_cfg.z_channels
-        side = ae_cfg.size // 2 ** (len(ae_cfg.widths) - 1)
-        # True as long as the halved side is whole and 4 or more, then False
-        can_halve = [side % 2 ** i == 0 and side // 2 ** i >= 4 for i in range(1, len(cfg.widths))]
-        self.shape = (D, side, side)
-        self.ae = ae
-        self.ae_cfg = ae_cfg
-        self.unet = UNet(D, cfg.widths, sum(can_halve), cfg.layers)
-        self.guide = copy.deepcopy(self.unet)
-        self.scheduler = NoiseScheduler(target=cfg.target)
-        self.register_buffer("mean", torch.zeros(1, D, 1, 1))
-        self.register_buffer("std", torch.ones(1, D, 1, 1))
-
-    def measure(self, z):
-        """Sets mean and std, per channel, from latents z (N, D, h, w). The schedule is for variance
-        1: larger variances show through at t = T-1, smaller ones drown early (LDM, app. G)."""
-        self.std, self.mean = torch.std_mean(z.float(), (0, 2, 3), keepdim=True)
-        self.std.clamp_(min=1e-6)  # a channel may be flat
-
-    def normalise(self, z):
-        """Latents (B, D, h, w) of the autoencoder -> z0, as the UNet sees them."""
-        return (z.float() - self.mean) / self.std
-
-    def decode(self, z0):
-        """The way back, and to images (B, C, H, W) in [-1, 1]."""
-        return self.ae.decode(z0 * self.std + self.mean).clamp(-1, 1)
-
-    @torch.no_grad()
-    def sample(self, n, seed, sampler="dpm", steps=30, batch=64, dtype=None, trace=None,
-               guidance=1.5):
-        """Noise -> `n` images (n, C, H, W) in [-1, 1], on the CPU. Image i has a noise generator of
-        its own: but for rounding, the image does not depend on n or batch. `trace`, a list, gets
-        (z_t, estimate of z0) of the first four. sampler: ddpm, ddim, dpm. guidance 1: none."""
-        require(sampler in ("ddpm", "ddim", "dpm"), "sampler", sampler, "give ddpm, ddim or dpm")
-        device = self.mean.device
-        def draw_noise(generators):
-            noise = [torch.randn(self.shape, generator=g) for g in generators]
-            return torch.stack(noise).to(device)                # (batch, D, h, w)
-
-        generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(n)]
-        images = []
-        for i in range(0, n, batch):
-            own = generators[i:i + batch]
-            z_t = draw_noise(own)
-            previous = None
-            with autocast(device, dtype):
-                for t, t_next in self.scheduler.timesteps(steps):
-                    t_now = torch.full((len(own),), t, device=device)
-                    guide = self.guide(z_t, t_now)
-                    pred = guide + guidance * (self.unet(z_t, t_now) - guide)
-                    z0, eps = self.scheduler.z0_and_eps(pred, z_t, t)
-                    if trace is not None and i == 0:
-                        trace.append((z_t[:4].clone(), z0[:4].clone()))
-                    if sampler == "ddpm":
-                        z_t = self.scheduler.ddpm_step(z0, z_t, t, t_next, draw_noise(own))
-                    elif sampler == "ddim":
-                        z_t = self.scheduler.ddim_step(z0, eps, t_next)
-                    else:
-                        z_t = self.scheduler.dpm_step(z0, z_t, t, t_next, previous)
-                    previous = (t, z0)
-                images.append(self.decode(z_t).cpu())
-        return torch.cat(images)
-
-
-# ---- 9. Runs: a folder with checkpoints, a log, curves and pictures -----------------------------
+# ---- 13. Runs: a folder with checkpoints, a log, curves and pictures ----------------------------
 # A stopped run goes on with the same command: batches and noise depend on seed and step alone.
 # What may differ then (data: the path, not its files; steps moves learning rate and guide's end):
 MAY_CHANGE = ["out", "data", "data_root", "steps", "amp", "compile", "save_every"]
@@ -920,306 +1220,6 @@ def latent_picture(z, size):
     z = z[:, :3] if z.shape[1] >= 3 else z[:, :1].expand(-1, 3, -1, -1)
     z = (z - z.mean((0, 2, 3), keepdim=True)) / (3 * z.std((0, 2, 3), keepdim=True) + 1e-6)
     return F.interpolate(z, size=(size, size))
-
-
-# ---- 10. Training, what both stages share -------------------------------------------------------
-# One skeleton: draw a batch, loss under autocast, backward, optimise; now and then log and save.
-
-def learning_rate(cfg, step):
-    """Rises for 500 steps or fewer, stays, and falls to 0 over the second half: Adam settles."""
-    rise = step / min(500, 0.05 * cfg.steps)
-    fall = (cfg.steps + 1 - step) / (0.5 * cfg.steps)
-    return cfg.lr * min(1, rise, fall)
-
-def optimise(scaler, optimiser, net, lr):
-    """One step on the gradients at hand, their norm held below 1; then they are zeroed."""
-    optimiser.param_groups[0]["lr"] = lr
-    scaler.unscale_(optimiser)  # undoes fp16's scaling: clipping needs the norm
-    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-    scaler.step(optimiser)  # with fp16: not if a gradient overflowed
-    optimiser.zero_grad()
-
-@torch.no_grad()
-def update_ema(ema, model, step):
-    """ema = decay ema + (1 - decay) model: an average over the last 200 steps or so, which jitters
-    less than the weights; shorter at first, or the random start would stay in it for long."""
-    decay = min(0.995, (1 + step) / (10 + step))
-    # all weights in one go: a loop of lerp_ would add 8 % to a step of the UNet
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-class OnePassGroupNorm(nn.GroupNorm):
-    """nn.GroupNorm with var = E[x^2] - E[x]^2, so that x is read once, and without its copy to
-    NCHW. Compiled, a step of the UNet takes 20 % less time (H100, bf16)."""
-    def forward(self, x):
-        x = x.float()  # the difference of two large numbers: bf16 has no digits to spare
-        split = (self.num_groups, -1)
-        mean = x.mean((2, 3)).unflatten(1, split).mean(2, keepdim=True)  # (B, groups, 1)
-        mean_square = x.square().mean((2, 3)).unflatten(1, split).mean(2, keepdim=True)
-        var = (mean_square - mean.square()).clamp(min=0)  # rounding can bring it below
-        scale = self.weight.view(split) * (var + self.eps).rsqrt()  # (B, groups, c / groups)
-        shift = self.bias.view(split) - mean * scale
-        return x * scale.flatten(1)[:, :, None, None] + shift.flatten(1)[:, :, None, None]
-
-def compile_network(net, cfg, device):
-    """In place, so that names in checkpoints stay. The first step then takes a minute or two."""
-    if cfg.compile and device.type == "cuda":
-        for module in net.modules():
-            if isinstance(module, nn.GroupNorm):
-                module.__class__ = OnePassGroupNorm  # another forward, same weights
-        # CUDA graphs launch all at once, but a replay overwrites the gradients that --accum adds up
-        net.compile(dynamic=False, mode="reduce-overhead" if cfg.accum == 1 else "default")
-
-
-# ---- 11. Stage 1: the autoencoder ---------------------------------------------------------------
-# VQGAN, arXiv 2012.09841, section 3.1: reconstruction + LPIPS + latent terms + GAN, which joins in
-# late; Adam's betas are from its code. Its GAN weight is adaptive. Ours rises over 1000 steps, for
-# a new discriminator does harm; then it falls like the learning rate, or eyes fill up with grain.
-
-LPIPS_WEIGHTS = Path(__file__).resolve().with_name("lpips_weights.pth")
-
-def psnr(x_rec, x):
-    """Peak signal-to-noise ratio (B,) in dB of images in [-1, 1]: 10 log10(peak^2 / MSE)."""
-    mse = (x_rec - x).square().mean((1, 2, 3)).clamp(min=1e-10)
-    return 10 * torch.log10(2 ** 2 / mse)
-
-def codebook_use(picks):
-    """Picks per code (K,) -> codes in use in percent, perplexity exp(-sum p log p), at most K."""
-    p = picks / picks.sum().clamp(min=1)  # no picks yet: 0 / 1, not 0 / 0
-    return 100 * (p > 0).float().mean(), torch.special.entr(p).sum().exp()  # entr(p) = -p log p
-
-def draw_images(images, cfg, device):
-    """A random batch (B, C, H, W) in [-1, 1], with cfg.flip each mirrored or not by chance."""
-    x = images[torch.randint(len(images), (cfg.batch,))]
-    if device.type == "cuda":  # pinned: copied while Python goes on, 7 % less time
-        x = x.pin_memory().to(device, non_blocking=True)
-    x = to_float(x, device)
-    if cfg.flip:
-        x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
-    return x
-
-def train_ae(cfg):
-    """Trains a VQVAE or VAE to cfg.steps and leaves <out>/ae.pt. Raises UserError."""
-    device, dtype = pick_device(cfg)
-    images, held = load_images(cfg)
-    preview = to_float(held[:8], device)
-    if cfg.perceptual_weight > 0:
-        lpips = place(LPIPS(LPIPS_WEIGHTS), device)
-        compile_network(lpips, cfg, device)
-    weights = {"recon": 1.0, "codebook": cfg.codebook_weight, "commit": cfg.commit_weight,
-               "kl": cfg.kl_weight, "perceptual": cfg.perceptual_weight}
-
-    torch.manual_seed(cfg.seed)
-    ae = place(build_autoencoder(cfg), device)
-    disc = place(PatchGAN(cfg.channels), device)
-    opt = torch.optim.Adam(ae.parameters(), betas=(0.5, 0.9), fused=True)  # lr: see optimise
-    opt_d = torch.optim.Adam(disc.parameters(), betas=(0.5, 0.9), fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16 underflows
-    run = Run(cfg, "ae", dict(net=ae, disc=disc, opt=opt, opt_d=opt_d, scaler=scaler))
-    run.resume()
-    compile_network(ae, cfg, device)
-
-    for step in run.steps():  # up to cfg.steps; Ctrl-C saves, then stops
-        torch.manual_seed(cfg.seed * 1_000_003 + step)  # resumed or not: same numbers
-        lr = learning_rate(cfg, step)
-        ramp = min(1, max(0, step - cfg.disc_start) / 1000)
-        weights["gan"] = cfg.gan_weight * ramp * lr / cfg.lr  # rises, then falls with lr
-        if cfg.ae == "vq" and step % 100 == 1:  # moves codes that the last 100 steps did not use
-            with torch.no_grad(), autocast(device, dtype):
-                ae.restart_codes(ae.encode(draw_images(images, cfg, device)))
-
-        for _ in range(cfg.accum):  # gradients add up over these; one step follows
-            x = draw_images(images, cfg, device)                # (B, C, H, W)
-
-            # (1) autoencoder: minimise the weighted sum of its terms
-            with autocast(device, dtype):
-                x_rec, terms = ae(x)
-                terms["recon"] = F.l1_loss(x_rec, x) if cfg.recon == "l1" else F.mse_loss(x_rec, x)
-                if cfg.perceptual_weight > 0:
-                    terms["perceptual"] = lpips(x_rec, x).mean()
-                if weights["gan"] > 0:
-                    disc.requires_grad_(False)  # gradients pass, none stay
-                    terms["gan"] = generator_loss(cfg.gan, disc(x_rec))
-                    disc.requires_grad_(True)  # for (2); the graph of (1) is made
-                loss = sum(weights[name] * term for name, term in terms.items())
-            scaler.scale(loss / cfg.accum).backward()  # / accum: the sum becomes a mean
-
-            # (2) discriminator: tell images from reconstructions
-            if weights["gan"] > 0:
-                with autocast(device, dtype):
-                    real, fake = disc(x), disc(x_rec.detach())  # (B, 1, h', w')
-                    terms["disc"] = discriminator_loss(cfg.gan, real, fake)
-                scaler.scale(terms["disc"] / cfg.accum).backward()
-                terms |= {"score_real": real.mean(), "score_fake": fake.mean()}  # for the log
-            run.add(terms)
-
-        optimise(scaler, opt, ae, lr)
-        if weights["gan"] > 0:
-            optimise(scaler, opt_d, disc, lr)
-        scaler.update()  # fp16: smaller after an overflow
-
-        if run.due() or run.due(cfg.save_every):  # every 100 steps, and before saving
-            with torch.no_grad(), autocast(device, dtype):
-                z = ae.encode(preview)
-                preview_rec = ae.decode(z).clamp(-1, 1)
-            more = {"held_psnr": psnr(preview_rec, preview).mean(), "z_std": z.std()}
-            if cfg.ae == "vq":
-                more["codes_percent"], more["perplexity"] = codebook_use(ae.usage)
-            run.log(**more)
-        if run.due(cfg.save_every):  # picture rows: images, reconstructions, latents
-            rows = [preview, preview_rec, latent_picture(z, cfg.size)]
-            run.save(torch.cat([row.expand(-1, 3, -1, -1) for row in rows]), len(preview))
-
-
-# ---- 12. Stage 2: diffusion on the latents ------------------------------------------------------
-# The autoencoder is frozen, so each image is encoded once. The loss: DDPM Eq. 14, or that for v.
-
-def load_autoencoder(path, device):
-    """The autoencoder of a checkpoint ae.pt, frozen, and its settings. Raises UserError."""
-    ckpt = load_file(path, "ae")
-    cfg = AEConfig(**ckpt["config"])
-    ae = build_autoencoder(cfg)
-    ae.load_state_dict(ckpt["parts"]["net"])
-    return place(ae, device).eval().requires_grad_(False), cfg
-
-def load_latents(cfg, ae, images, device, dtype):
-    """Latents of the images, with cfg.flip also of the mirrored ones: (N or 2N, D, h, w), float16.
-    From <out>/latents.pt if these images and this autoencoder made it, else encoded now."""
-    path = Path(cfg.out, "latents.pt")
-    name = fingerprint(cfg.ae_fingerprint, cfg.flip, images.movedim(1, -1))  # NHWC: no copy
-    saved = load_file(path, "latents") if path.exists() else {}
-    if name not in saved:
-        print(f"encoding {len(images)} images")
-        latents = []
-        for mirrored in ([False, True] if cfg.flip else [False]):
-            for batch in images.split(16):  # few at once, as in stage 1
-                x = to_float(batch, device)
-                with autocast(device, dtype):
-                    latents.append(ae.encode(x.flip(3) if mirrored else x).half())
-        saved = {name: torch.cat(latents)}
-        save_file(path, "latents", saved)
-    return saved[name].to(device)
-
-def train_ldm(cfg):
-    """Trains a UNet on the latents to cfg.steps and leaves <out>/ldm.pt. Raises UserError."""
-    device, dtype = pick_device(cfg)
-    ae, ae_cfg = load_autoencoder(Path(cfg.out, "ae.pt"), device)
-    images, _ = load_images(replace(ae_cfg, data=cfg.data, data_root=cfg.data_root))
-    cfg.ae_fingerprint = fingerprint(*ae.state_dict().values())
-    cfg.ae_settings = asdict(ae_cfg)
-    torch.manual_seed(cfg.seed)
-    ldm = place(LatentDiffusion(cfg, ae_cfg, ae), device).requires_grad_(False)
-    unet = copy.deepcopy(ldm.unet).requires_grad_(True)  # the one trained; ldm.unet: its average
-    opt = torch.optim.Adam(unet.parameters(), betas=(0.9, 0.99), fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    run = Run(cfg, "ldm", dict(net=unet, ldm=ldm, opt=opt, scaler=scaler))
-    run.resume()
-    z_all = load_latents(cfg, ldm.ae, images, device, dtype)    # (N, D, h, w)
-    ldm.measure(z_all)
-    print(f"latents {tuple(z_all.shape)}, mean {ldm.mean.flatten()}, std {ldm.std.flatten()}")
-    compile_network(unet, cfg, device)
-
-    for step in run.steps():  # up to cfg.steps; Ctrl-C saves, then stops
-        torch.manual_seed(cfg.seed * 1_000_003 + step)  # resumed or not: same numbers
-        for _ in range(cfg.accum):  # gradients add up over these
-            z = z_all[torch.randint(len(z_all), (cfg.batch,), device=device)]
-            z0 = ldm.normalise(z)                               # (B, D, h, w)
-            t = torch.randint(ldm.scheduler.T, (cfg.batch,), device=device)
-            z_t, target = ldm.scheduler.add_noise(z0, torch.randn_like(z0), t)
-            with autocast(device, dtype):
-                loss = F.mse_loss(unet(z_t, t), target)
-            scaler.scale(loss / cfg.accum).backward()
-            run.add({"loss": loss})
-
-        optimise(scaler, opt, unet, learning_rate(cfg, step))
-        scaler.update()
-        update_ema(ldm.unet, unet, step)
-        if step <= cfg.steps // 5:  # then it stays behind
-            update_ema(ldm.guide, unet, step)
-
-        if run.due() or run.due(cfg.save_every):  # every 100 steps, and before saving
-            run.log()
-        if run.due(cfg.save_every):
-            run.save(ldm.sample(16, cfg.seed, dtype=dtype))
-
-
-# ---- 13. Sampling and evaluation ----------------------------------------------------------------
-
-def load_ldm(path, device):
-    """The LatentDiffusion of a checkpoint ldm.pt, frozen. Raises UserError."""
-    ckpt = load_file(Path(path), "ldm")
-    cfg = LDMConfig(**ckpt["config"])
-    ae_cfg = AEConfig(**cfg.ae_settings)
-    ldm = LatentDiffusion(cfg, ae_cfg, build_autoencoder(ae_cfg))
-    ldm.load_state_dict(ckpt["parts"]["ldm"])
-    return place(ldm, device).eval().requires_grad_(False)
-
-def find_checkpoint(cfg, *stages):
-    """The newest checkpoint of these stages in --out, or under runs/. Raises UserError."""
-    folders = [Path(cfg.out)] if cfg.out else Path("runs").glob("*")
-    found = [path for f in folders for path in f.glob("*.pt") if path.stem in stages]
-    require(found, "out", cfg.out or Path("runs").absolute(), "holds no such run: train first")
-    return max(found, key=os.path.getmtime)
-
-def sample(cfg):
-    """Writes samples.png, and the denoising of four of them, progress.png, into the run folder."""
-    device, dtype = pick_device(cfg)
-    path = find_checkpoint(cfg, "ldm")
-    ldm = load_ldm(path, device)
-    n = cfg.n or 16
-    trace = []
-    images = ldm.sample(n, cfg.seed, cfg.sampler, cfg.steps, cfg.batch, dtype, trace, cfg.guidance)
-    strip = denoising_strip(trace, ldm)
-    save_picture(path.with_name("samples.png"), image_grid(images, math.ceil(math.sqrt(n))))
-    save_picture(path.with_name("progress.png"), image_grid(strip, len(strip) // 8))
-    print(f"wrote {path.with_name('samples.png').absolute()}")
-
-def denoising_strip(trace, ldm):
-    """Eight rows, noise to image: z_t of four samples, z_t decoded, the estimate of z0 decoded."""
-    rows = []
-    for k in np.linspace(0, len(trace) - 1, 8).round().astype(int):
-        z_t, z0 = trace[k]                                      # (4, D, h, w)
-        x_t, x0 = ldm.decode(z_t), ldm.decode(z0)               # (4, C, H, W)
-        rows += [latent_picture(z_t, x_t.shape[-1]), x_t, x0]
-    return torch.cat([row.expand(-1, 3, -1, -1) for row in rows])
-
-def frechet_distance(a, b):
-    """Between Gaussians fitted to features a, b (N, c), N > 1: |mu_a - mu_b|^2 + tr(S_a + S_b -
-    2 (S_a S_b)^(1/2)); Heusel et al. 2017, arXiv 1706.08500."""
-    a, b = a.double(), b.double()  # large sums almost cancel: float32 loses digits
-    S_a, S_b = torch.cov(a.T), torch.cov(b.T)                   # (c, c)
-    cross = torch.linalg.eigvals(S_a @ S_b).real.clamp(min=0).sqrt().sum()  # tr (S_a S_b)^(1/2)
-    return (a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * cross
-
-def evaluate(cfg):
-    """Prints and returns {figure: value}, against images held out. Raises UserError."""
-    device, dtype = pick_device(cfg)
-    path = find_checkpoint(cfg, "ae", "ldm")
-    ldm = load_ldm(path, device) if path.stem == "ldm" else None
-    ae, ae_cfg = (ldm.ae, ldm.ae_cfg) if ldm else load_autoencoder(path, device)
-    _, held = load_images(replace(ae_cfg, data=cfg.data or ae_cfg.data,
-                                  data_root=cfg.data_root or ae_cfg.data_root))
-    lpips = place(LPIPS(LPIPS_WEIGHTS), device)
-
-    def features(x):  # (B, C, H, W) -> (B, 512): relu5_3, averaged over the positions
-        return lpips.features(x.to(device))[-1].mean((2, 3)).cpu()
-
-    rows = []
-    for batch in held.split(32):
-        x = to_float(batch, device)
-        x_rec = ae.decode(ae.encode(x)).clamp(-1, 1)
-        rows.append((psnr(x_rec, x), lpips(x_rec, x), features(x), features(x_rec)))
-    psnrs, distances, real, rebuilt = map(torch.cat, zip(*rows))
-    table = {"PSNR, dB": psnrs.mean(), "LPIPS": distances.mean(),
-             "FD, reconstructions": frechet_distance(rebuilt, real)}
-    if ldm:
-        n = max(2, cfg.n or 2000)  # one has no covariance
-        fake = ldm.sample(n, cfg.seed, cfg.sampler, cfg.steps, cfg.batch, dtype, None, cfg.guidance)
-        fake = torch.cat([features(part) for part in fake.split(32)])
-        table[f"FD, {n} samples ({cfg.sampler}, {cfg.steps} steps)"] = frechet_distance(fake, real)
-    print(f"{path.absolute()}, {len(held)} held-out images; FD by VGG16, not Inception's FID")
-    for name, value in table.items():
-        print(f"  {name:42} {float(value):.4g}")
-    return table
 
 
 # ---- 14. Command line ---------------------------------------------------------------------------
