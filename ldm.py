@@ -51,8 +51,7 @@ from torchvision.transforms import functional as TF
 # ---- 1. Blocks ---------------------------------------------------------------------------
 # A few blocks build everything below: encoder, decoder and UNet. They are those of DDPM (Ho et
 # al. 2020, arXiv 2006.11239, appendix B). ResBlock and attention start close to the identity,
-# because a gradient that passes unchanged reaches the first layer of a deep network from the
-# start.
+# so that from the first step on, the gradient reaches even the first layer.
 
 def group_norm(c):
     # At most 32 groups. A group of one channel would lose its mean, so each has at least 4:
@@ -149,9 +148,10 @@ class UpBlock(nn.Module):
 # Stage 1 turns 256x256x3 numbers into 32x32x4. Why not a plain autoencoder? Its latents could
 # grow without limit, and two similar images could lie far apart, so that each small error of
 # stage 2 might decode to something else. There are two remedies, with the same networks.
-# VQVAE (van den Oord et al. 2017, arXiv 1711.00937) shows the decoder only K different vectors,
-# the codes. Stage 2 models the latent before this rounding, z_e. The commitment loss keeps
-# z_e near the codes, and rounding on the way to the decoder repairs small errors.
+# VQVAE (van den Oord et al. 2017, arXiv 1711.00937) rounds: at each position the nearest of K
+# learnt vectors, the codes, replaces the encoder's own, z_e. The decoder sees only codes. Stage
+# 2 models z_e, before this rounding. A further loss, the commitment, keeps z_e near the codes,
+# and rounding on the way to the decoder repairs small errors.
 # VAE (Kingma & Welling 2013, arXiv 1312.6114) adds noise to the latent while it trains, so that
 # neighbours have to mean similar images. Its encoder could escape the noise by means that are
 # huge. The KL loss makes both expensive, huge means and too little noise. Its weight is small,
@@ -180,7 +180,7 @@ def build_decoder(channels, widths, layers, z_channels):
         MidBlock(c, c, layers),
         # (B, 128, 64, 64), (B, 64, 128, 128), (B, 64, 256, 256)
         *[UpBlock(a, b, layers) for a, b in zip(widths, widths[1:])],
-        norm_silu_conv(widths[-1], channels))                      # no tanh: callers clamp
+        norm_silu_conv(widths[-1], channels))                      # clamped when shown, not here
 
 class VectorQuantizer(nn.Module):
     """Replaces each latent vector by the nearest of K learnt vectors, the codebook. Codes that
@@ -255,8 +255,9 @@ class VAE(nn.Module):
         super().__init__()
         self.encoder = build_encoder(channels, widths, layers, 2 * z_channels)
         self.decoder = build_decoder(channels, widths, layers, z_channels)
-        # Start at logvar = -6, a deviation of 0.05. At 1 the noise would drown the image, and
-        # thousands of steps would be spent on making it smaller.
+        # The second half of the encoder's output is logvar. It starts at -6, a deviation of
+        # 0.05. At 1 the noise would drown the image, and thousands of steps would go into
+        # making it smaller.
         nn.init.constant_(self.encoder[-1].bias[z_channels:], -6.0)
 
     def forward(self, x):
@@ -376,14 +377,16 @@ def discriminator_loss(kind, real, fake):
 # pure noise (t = T-1). A network is shown z_t and t, and predicts what was mixed, which gives
 # a guess of z0. It cannot know z0. Trained by a squared error, it answers with the mean of all
 # z0 that fit z_t. At t = T-1 all images fit, and their mean is a blur. So a sampler mixes the
-# guess again, with slightly less noise, and asks again: now fewer images fit, and their mean
-# is sharper. At the end only one is left. Papers: DDPM (Ho et al. 2020, arXiv 2006.11239),
-# DDIM (Song et al. 2020, 2010.02502), DPM-Solver++ (Lu et al. 2022, 2211.01095).
+# guess again, with slightly less noise, and asks again. Less noise hides less, so fewer images
+# fit now, and their mean is sharper. At the end only one is left. Papers: DDPM (Ho et al. 2020,
+# arXiv 2006.11239), DDIM (Song et al. 2020, 2010.02502), DPM-Solver++ (Lu et al. 2022,
+# 2211.01095).
 
 class NoiseScheduler(nn.Module):
-    """How much noise there is at each step, and how to go from one step to another. Steps t =
-    0 .. T-1 are the papers' 1 .. T. A clean latent has t = -1: by Python's indexing from the
-    end, alpha[-1] = 1 and sigma[-1] = 0. alpha^2 + sigma^2 = 1 keeps the variance of z0, 1.
+    """How much noise there is at each step, and how to go from one step to another.
+    Steps t = 0 .. T-1 are the papers' 1 .. T. alpha and sigma have one entry more, 1 and 0, for
+    a clean latent. It is the last one, which Python also calls [-1], so a clean latent has
+    t = -1. alpha^2 + sigma^2 = 1 keeps the variance of z0, which is 1.
     target: what the network predicts, "eps" or "v" = alpha eps - sigma z0 (Salimans & Ho 2022,
     arXiv 2202.00512). At t = T-1 z_t is almost eps, so predicting eps teaches nothing there. v
     is almost -z0 at that end and almost eps at the other: never trivial."""
@@ -394,8 +397,8 @@ class NoiseScheduler(nn.Module):
         self.T = T
         self.target = target
         # beta: the variance that one step adds; abar: the share of z0's variance that is left.
-        # This is LDM's schedule for faces, for T = 1000. DDPM's own alpha is 1 - beta, not
-        # ours.
+        # This is LDM's schedule for faces, for T = 1000. Our alpha is sqrt(abar); what DDPM
+        # calls alpha is 1 - beta.
         beta = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, T, dtype=torch.float64) ** 2
         abar = torch.cumprod(1 - beta, dim=0).tolist() + [1.0]     # T + 1 numbers
         self.alpha = [math.sqrt(a) for a in abar]
@@ -438,8 +441,7 @@ class NoiseScheduler(nn.Module):
     def ddpm_step(self, z0, z_t, t, t_next, noise):
         """Draws z at t_next from q(z_next | z_t, z0), DDPM Eq. 6 and 7: it goes back further
         than DDIM, and adds fresh noise. The formula takes the estimate z0 for the truth, which
-        is nearly right for a short step only. So any t_next < t runs, but few steps look
-        bad."""
+        is nearly right for a short step only: any t_next < t runs, but few steps look bad."""
         a = (self.alpha[t] / self.alpha[t_next]) ** 2  # what DDPM calls alpha_t, if t_next = t - 1
         beta = 1 - a
         z0_weight = self.alpha[t_next] * beta / self.sigma[t] ** 2
@@ -453,9 +455,10 @@ class NoiseScheduler(nn.Module):
         return self.alpha[t_next] * z0 + self.sigma[t_next] * eps
 
     def dpm_step(self, z0, z_t, t, t_next, previous=None):
-        """DPM-Solver++(2M), Algorithm 2. DDIM takes z0 as constant during a step. But z0
-        changes, nearly evenly in lambda = log(alpha / sigma), so this takes its value in the
-        middle of the step, continued from the step before. previous: (t, z0) of that step."""
+        """DPM-Solver++(2M), Algorithm 2. DDIM keeps its estimate of z0 for a whole step. But
+        the estimate changes on the way, about evenly in lambda = log(alpha / sigma), so this
+        takes the one for the middle, by going on along the line through the last two.
+        previous: (t, z0) of the step before."""
         if previous is not None and t_next >= 0:  # at t = -1 lambda is infinite: plain DDIM
             steps = (previous[0], t, t_next)
             lam_before, lam, lam_next = (math.log(self.alpha[i] / self.sigma[i]) for i in steps)
@@ -482,9 +485,9 @@ def sinusoids(t, dim):
 
 class UNet(nn.Module):
     """z_t (B, D, h, w), t (B,) -> prediction (B, D, h, w).
-    Of its len(widths) - 1 down blocks the first `downs` halve h and w, while they are large enough.
-    Below is the celebhq default: widths 192 256 384 512, downs 3, h = w = 32. What goes into a
-    down block is also the skip for the up block beside it.
+    Of its len(widths) - 1 down blocks the first `downs` halve h and w. build_ldm (section 10)
+    counts how many can. What goes into a down block is also the skip for the up block beside
+    it. Below is the celebhq default: widths 192 256 384 512, downs 3, h = w = 32.
       down  192 -> 256, 32 -> 16      up  192 + skip 192 -> 192, 16 -> 32
             256 -> 384, 16 -> 8           256 + skip 256 -> 192,  8 -> 16
             384 -> 512,  8 -> 4           384 + skip 384 -> 256,  4 -> 8
@@ -504,6 +507,7 @@ class UNet(nn.Module):
             args = dict(layers=layers, t_dim=t_dim, heads=4)
             c_in, c_out, halve = widths[i], widths[i + 1], i < downs
             self.down_blocks.append(DownBlock(c_in, c_out, **args, down=halve))
+            # Up block i gets widths[i] channels from below, and as many from the skip.
             up = UpBlock(c_in, widths[max(i - 1, 0)], **args, up=halve, c_skip=c_in)
             self.up_blocks.insert(0, up)  # the way up mirrors the way down
         self.out = norm_silu_conv(c, z_channels)
@@ -523,17 +527,17 @@ class UNet(nn.Module):
 
 
 # ---- 7. Latent diffusion -----------------------------------------------------------------
-# Everything that new images need: an autoencoder, a scheduler, the mean and deviation of the
-# latents, and two averages of the UNet that Adam trains, which itself is not kept here. The
-# first average is over the last training steps, and jitters less than the weights. The second
-# stopped early in the training. It has the same data and the same weaknesses, so it errs in the
-# same directions, only further. From the early answer to the late one is therefore the way out
-# of these errors, and half as far again gives better images: autoguidance (Karras et al. 2024,
-# arXiv 2406.02507). Classifier-free guidance does likewise with a network that knows no labels.
+# Everything that new images need is kept here: an autoencoder, a scheduler, the mean and
+# deviation of the latents, and two running averages of the UNet that Adam trains, but not that
+# UNet itself. The late average is over the last training steps, and jitters less than the
+# weights. The early one was stopped after a fifth of the training. With the same data and the
+# same weaknesses it errs in the same directions, only further. So the step from its answer to
+# the late one leads away from these errors, and a step half as long again gives better images:
+# autoguidance (Karras et al. 2024, arXiv 2406.02507).
 
 class LatentDiffusion(nn.Module):
-    """A diffusion model for the latents, of shape z_shape = (D, h, w), of a VQVAE or VAE.
-    unet: the start of both averages, ema_unet and early_unet. Train `unet` itself, and let
+    """A diffusion model for the latents of a VQVAE or VAE, with z_shape = (D, h, w). unet: the
+    UNet that both averages, ema_unet and early_unet, start from. Train `unet` itself, and let
     update_ema (section 8) move the averages."""
     def __init__(self, ae, unet, scheduler, z_shape):
         super().__init__()
@@ -572,8 +576,7 @@ class LatentDiffusion(nn.Module):
 
     # Three samplers. Each goes from z_t to the z of t_next, and also returns its estimate of
     # z0. All take the same arguments, though none needs all. generators: a source of noise per
-    # image. previous: (t, z0) of the step before. The table holds plain functions, so self is
-    # passed.
+    # image. previous: (t, z0) of the step before.
 
     def ddpm(self, z_t, t, t_next, autoguidance, generators, previous):
         z0, _ = self.denoise(z_t, t, autoguidance)
@@ -587,6 +590,7 @@ class LatentDiffusion(nn.Module):
         z0, _ = self.denoise(z_t, t, autoguidance)
         return self.scheduler.dpm_step(z0, z_t, t, t_next, previous), z0
 
+    # Plain functions and not bound methods, so `sample` passes self.
     SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm}
 
     def draw_noise(self, generators):
@@ -684,7 +688,8 @@ class LDMConfig(TrainConfig):
                          toyfaces=(48, 64, 96), mnist=(128, 128, 256))
     layers: int = flag(2, "ResBlocks per block", toyfaces=1)
     target: str = flag("v", "what the UNet predicts", "eps", "v")
-    ae_settings: dict = None  # no flags: train_ldm notes here which autoencoder it found
+    # No flags: train_ldm notes here which autoencoder it found.
+    ae_settings: dict = field(default=None, repr=False)
     autoencoder: str = ""
 
 @dataclass
@@ -733,7 +738,8 @@ def resolve(cls, given):
         if setting.name not in given and cfg.data in presets:
             setattr(cfg, setting.name, presets[cfg.data])
         value = getattr(cfg, setting.name)
-        if setting.metadata and (value, setting.default) != (None, None):  # others are no flags
+        # Skips what is no flag, and a flag that was left at None.
+        if setting.metadata and (value, setting.default) != (None, None):
             setattr(cfg, setting.name, check(setting, value))
 
     if cfg.data and not cfg.out:
@@ -854,7 +860,9 @@ def train_ae(cfg):
                 if lpips:
                     losses["perceptual"] = lpips(x_rec, x).mean()
                 if weights["gan"] > 0:
-                    disc.requires_grad_(False)  # recorded now: gradients pass, and none stay
+                    # Autograd notes this as the graph is built: x_rec gets a gradient, the
+                    # discriminator's weights get none.
+                    disc.requires_grad_(False)
                     losses["gan"] = generator_loss(cfg.gan, disc(x_rec))
                     disc.requires_grad_(True)
                 loss = sum(weights[name] * value for name, value in losses.items())
@@ -890,10 +898,10 @@ def train_ae(cfg):
 # ---- 10. Stage 2 -------------------------------------------------------------------------
 # The autoencoder is frozen now, so each image is encoded only once, before the first step.
 # Then a step is short: draw latents, noise and steps t, mix them, let the UNet predict, and
-# take the squared error (DDPM Eq. 14). A loss near 0.5 is no failure: nobody can tell exactly
-# which part of z_t is image and which is noise. The loss hardly falls while the samples get
-# better, so look at the pictures. The held-out loss, on images that are never trained on,
-# rises if the UNet learns the others by heart.
+# take the squared error (DDPM Eq. 14, where the target is eps). A loss near 0.5 is no failure:
+# nobody can tell exactly which part of z_t is image and which is noise. The loss hardly falls
+# while the samples get better, so look at the pictures. The held-out loss, on images that are
+# never trained on, rises if the UNet learns the others by heart.
 
 def load_autoencoder(path, device):
     """The autoencoder of a checkpoint ae.pt, frozen, and its settings. Raises UserError."""
@@ -948,7 +956,7 @@ def train_ldm(cfg):
     device, dtype = pick_device(cfg)
     ae, ae_cfg = load_autoencoder(Path(cfg.out, "ae.pt"), device)
     images, held_out = load_same_images(cfg, ae_cfg)
-    name = fingerprint(*ae.state_dict().values())
+    name = fingerprint(*ae.state_dict().values())  # Run refuses to go on with another one
     cfg = replace(cfg, ae_settings=asdict(ae_cfg), autoencoder=name)
 
     torch.manual_seed(cfg.seed)
@@ -1073,7 +1081,7 @@ def evaluate(cfg):
     table = {"PSNR, dB": psnrs.mean(), "LPIPS": distances.mean(),
              "FD, reconstructions": frechet_distance(rebuilt, real)}
     if ldm:
-        n = max(2, cfg.n or 2000)  # one has no covariance
+        n = max(2, cfg.n or 2000)  # a single image has no covariance
         images = ldm.sample(n, cfg.seed, cfg.sampler, cfg.steps, cfg.batch, dtype,
                             cfg.autoguidance, progress=progress)
         fake = torch.cat([features(part) for part in images.split(32)])
@@ -1180,18 +1188,18 @@ def load_folder(folder, size, channels):
     return images.permute(0, 3, 1, 2)
 
 def load_images(cfg):
-    """(training images, held-out images, name), uint8; a tenth is held out, 2 to 1000 images.
-    For a
+    """(training images, held-out images, name), uint8; a tenth, 2 to 1000, is held out. For a
     folder the name has a checksum of the pictures. Raises UserError."""
-    root, name = Path(cfg.data_root), cfg.data
+    root = Path(cfg.data_root)
+    name = cfg.data
     if cfg.data == "toyfaces":
         images = toyfaces(range(10000), cfg.size)
     elif cfg.data == "mnist":
         try:
             images = datasets.MNIST(root, download=True).data[:, None]  # the test set stays unused
         except Exception as error:  # no internet, or broken files
-            raise UserError(f"mnist cannot be downloaded ({error!s:.99}); go online, or unpack its "
-                            f"four files into {root}/MNIST/raw") from error
+            raise UserError(f"mnist cannot be downloaded ({type(error).__name__}); go online, or "
+                            f"unpack its four files into {root}/MNIST/raw") from error
         images = TF.resize(images, [cfg.size, cfg.size])
     else:
         folder = root / "celebhq" if cfg.data == "celebhq" else Path(cfg.data)
@@ -1294,8 +1302,8 @@ class Run:
             self.resume(load_file(self.path, stage))
 
     def resume(self, ckpt):
-        # Pictures and autoencoder stand last. Other settings follow from them, so they come
-        # first.
+        # pictures and autoencoder are the last fields, and are compared first: another
+        # autoencoder also has other settings, and the message is to name the cause.
         for name, now in reversed(asdict(self.cfg).items()):
             before = ckpt["config"][name]
             require(name in MAY_CHANGE or before == now, f"{self.path} was trained with another "
@@ -1312,7 +1320,7 @@ class Run:
         """Yields the numbers of the steps still to do. Ctrl-C, kill or a closed terminal make
         the next step the last, so that it is saved; then KeyboardInterrupt. A second signal
         acts at once."""
-        asked = []  # for a stop
+        asked = []  # the signals that asked for a stop
         before = {}  # {signal: its handler until now}
 
         def stop(number, _):
@@ -1527,7 +1535,8 @@ def build_parser():
     for command, (cls, _, purpose) in COMMANDS.items():
         sub = subparsers.add_parser(command, help=purpose, argument_default=argparse.SUPPRESS)
         for setting in [f for f in fields(cls) if f.metadata]:
-            rule, text = setting.metadata, setting.metadata["text"]
+            rule = setting.metadata
+            text = rule["text"]
             if rule["group"]:
                 group = sub.add_argument_group(rule["group"])
             if setting.default is not None:
