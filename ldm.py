@@ -159,8 +159,7 @@ class UpBlock(nn.Module):
 
 def build_encoder(channels, widths, layers, c_out):
     """Image (B, C, H, W) -> (B, c_out, h, w). Each width after the first halves the sides, so
-    H and W have to be divisible by 2 that often. Comments: widths 64 64 128 256, H = W =
-    256."""
+    that H and W have to be divisible by 2 as often. Comments: widths 64 64 128 256, 256x256."""
     c = widths[-1]
     return nn.Sequential(
         nn.Conv2d(channels, widths[0], 3, padding=1),              # (B, 64, 256, 256)
@@ -226,8 +225,7 @@ class VectorQuantizer(nn.Module):
         self.usage.zero_()
 
 class VQVAE(nn.Module):
-    """Autoencoder with a quantiser in the middle, whose restart is to be called now and
-    then."""
+    """Autoencoder with a quantiser in the middle, whose restart is to be called at times."""
     def __init__(self, channels, widths, layers, z_channels, codebook_size):
         super().__init__()
         self.encoder = build_encoder(channels, widths, layers, z_channels)
@@ -338,8 +336,7 @@ class LPIPS(nn.Module):
 # not whole images (Isola et al. 2017, arXiv 1611.07004), because texture is what is missing.
 
 class PatchGAN(nn.Module):
-    """Images (B, C, H, W), at least 16x16 -> scores (B, 1, h', w'), one a patch; high is
-    real."""
+    """Images (B, C, H, W), at least 16x16 -> scores (B, 1, h', w') of patches; high is real."""
     def __init__(self, channels=3, c=64):
         super().__init__()
         self.net = nn.Sequential(  # kernel 4, stride 2, padding 1 halves H and W
@@ -431,8 +428,7 @@ class NoiseScheduler(nn.Module):
         return z0, eps
 
     def timesteps(self, steps):
-        """[(t, t_next), ...]: evenly spaced from T-1 to -1. 30 steps: (999, 966) .. (32,
-        -1)."""
+        """[(t, t_next), ...], evenly from T-1 to -1. 30 steps: (999, 966) .. (32, -1)."""
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} denoising steps: give 1 to {self.T}")
         t = np.linspace(self.T - 1, -1, steps + 1).round().astype(int).tolist()
@@ -476,9 +472,8 @@ class NoiseScheduler(nn.Module):
 # block, and attention everywhere.
 
 def sinusoids(t, dim):
-    """Steps t (B,) -> (B, dim): first sin(f_i t), then cos(f_i t) with f_i = 10000^(-2 i /
-    dim) for i = 0 .. dim / 2 - 1. Fast and slow waves tell near and far steps apart, as clock
-    hands do."""
+    """Steps t (B,) -> (B, dim): sin(f_i t), then cos(f_i t), with f_i = 10000^(-2 i / dim), i =
+    0 .. dim / 2 - 1. Fast and slow waves tell steps apart, as the hands of a clock do times."""
     freqs = 10000 ** (-torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None].float() * freqs                            # (B, dim / 2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -713,8 +708,7 @@ def require(condition, sentence):
 
 def check(setting, value):
     """The value in plain Python types, the only ones that a checkpoint can hold: a Path or a
-    number of numpy would make it unreadable. Raises UserError if it breaks the setting's
-    rule."""
+    number of numpy would make it unreadable. Raises UserError if it breaks the rule."""
     kind, rule = setting.type, setting.metadata
     if isinstance(value, (str, os.PathLike)):
         value = os.path.expanduser(value)  # ~/photos; this also makes a str of a Path
@@ -767,9 +761,8 @@ def resolve(cls, given):
 # Three short functions that both stages share.
 
 def learning_rate(cfg, step):
-    """Rises evenly over the first 500 steps, or 5 % if that is less, stays at cfg.lr, and
-    falls evenly in the second half, to cfg.lr / (cfg.steps / 2) in the last step: then Adam
-    settles."""
+    """Rises evenly over the first 500 steps, or 5 % if that is less, stays at cfg.lr, and falls
+    evenly in the second half, to cfg.lr / (cfg.steps / 2) in the last step, so Adam settles."""
     rise = step / min(500, 0.05 * cfg.steps)
     fall = (cfg.steps + 1 - step) / (0.5 * cfg.steps)
     return cfg.lr * min(1, rise, fall)
@@ -915,8 +908,7 @@ def load_autoencoder(path, device):
 
 def load_same_images(cfg, ae_cfg):
     """The images that an autoencoder was trained on, and those held out. Raises UserError for
-    others: they would be split in another way, and held-out images might have been trained
-    on."""
+    others: they would be split in another way, and those held out might have been seen."""
     data, root = cfg.data or ae_cfg.data, cfg.data_root or ae_cfg.data_root
     images, held_out, pictures = load_images(replace(ae_cfg, data=data, data_root=root))
     require(pictures == ae_cfg.pictures, f"--data {data}: stage 1 saw other pictures; give those "
@@ -943,8 +935,7 @@ def encode_images(ae, images, device, dtype):
 
 @torch.no_grad()
 def held_out_loss(ldm, z0, dtype):
-    """The loss of the averaged UNet on z0 (B, D, h, w), always with the same noise and
-    steps."""
+    """The loss of the averaged UNet on z0 (B, D, h, w), always with the same noise and t."""
     eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0)).to(z0.device)
     t = torch.linspace(0, ldm.scheduler.T - 1, len(z0), device=z0.device).round().long()
     with autocast(z0.device, dtype):
@@ -1017,8 +1008,7 @@ def load_ldm(path, device="cpu"):
     return place(ldm, torch.device(device)).eval().requires_grad_(False)
 
 def find_run(cfg, *names):
-    """The run folder --out, or else the newest one with one of these files. Raises
-    UserError."""
+    """The run folder --out, or else the newest with one of these files. Raises UserError."""
     folders = [Path(cfg.out)] if cfg.out else Path("runs").glob("*")
     found = [folder / name for folder in folders for name in names if (folder / name).exists()]
     require(found, f"no {' or '.join(names)} in {os.path.abspath(cfg.out or 'runs')}; run train-ae "
@@ -1026,8 +1016,7 @@ def find_run(cfg, *names):
     return max(found, key=os.path.getmtime).parent
 
 def sample(cfg):
-    """Writes samples.png, progress.png and with save_images samples/*.png into the run
-    folder."""
+    """Writes samples.png, progress.png and, with save_images, samples/*.png into the run."""
     device, dtype = pick_device(cfg)
     folder = find_run(cfg, "ldm.pt")
     ldm = load_ldm(folder / "ldm.pt", device)
@@ -1107,8 +1096,7 @@ HAIR = [(30, 26, 24), (104, 62, 32), (232, 196, 92), (190, 74, 36), (84, 92, 200
 BACK = [(150, 205, 240), (250, 214, 150), (186, 230, 180), (240, 180, 190), (206, 190, 240)]
 
 def draw_face(index, size):
-    """Toy face number `index`, uint8 (size, size, 3): drawn four times as large, then
-    shrunk."""
+    """Toy face number `index`, uint8 (size, size, 3): drawn four times as large and shrunk."""
     rng = np.random.default_rng(index)
     skin, hair, iris, back = (table[rng.integers(5)] for table in (SKIN, HAIR, HAIR, BACK))
     x, y, rx, ry = rng.uniform((-0.08, 0.02, 0.48, 0.60), (0.08, 0.12, 0.60, 0.70))
@@ -1116,8 +1104,7 @@ def draw_face(index, size):
     canvas = Image.new("RGB", (4 * size, 4 * size), back)
 
     def ellipse(colour, x, y, rx, ry, start=0, end=360):
-        """Half a side is 1, (0, 0) is the middle, y points down. start, end: degrees of an
-        arc."""
+        """Half a side is 1, (0, 0) the middle, y points down. start, end: degrees of an arc."""
         corners = (np.array([x - rx, y - ry, x + rx, y + ry]) + 1) * 2 * size
         ImageDraw.Draw(canvas).chord(corners.tolist(), start, end, colour)
 
@@ -1317,8 +1304,8 @@ class Run:
         say(f"going on after step {self.step}")
 
     def steps(self):
-        """Yields the numbers of the steps still to do. Ctrl-C, kill or a closed terminal make
-        the next step the last, so that it is saved; then KeyboardInterrupt. A second signal
+        """Yields the numbers of the steps still to do. After Ctrl-C, kill or a closed terminal
+        the next step is the last. It is saved, then comes KeyboardInterrupt. A second signal
         acts at once."""
         asked = []  # the signals that asked for a stop
         before = {}  # {signal: its handler until now}
@@ -1417,16 +1404,14 @@ def to_picture(image):
     return TF.to_pil_image(((image.clamp(-1, 1) + 1) * 127.5).round().byte())
 
 def latent_picture(z, x):
-    """Latents z (N, D, h, w) as images of the shape of x, (N, C, H, W): a channel for a
-    colour."""
+    """Latents z (N, D, h, w) as images of the shape of x, (N, C, H, W): channels as colours."""
     C = x.shape[1]
     z = z[:, :C] if z.shape[1] >= C else z[:, :1].expand(-1, C, -1, -1)
     z = (z - z.mean((0, 2, 3), keepdim=True)) / (3 * z.std((0, 2, 3), keepdim=True) + 1e-6)
     return F.interpolate(z, size=x.shape[2:])
 
 def denoising_strip(trace, ldm):
-    """Eight rows, noise to image: z_t of four samples, z_t decoded, the estimate of z0
-    decoded."""
+    """Eight rows, from noise to image, of four samples: z_t, z_t decoded, the guess decoded."""
     rows = []
     for k in np.linspace(0, len(trace) - 1, 8).round().astype(int):
         z_t, z0 = trace[k]                                         # (4, D, h, w)
@@ -1473,8 +1458,7 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 def place(net, device):
-    """The network on the device, channels last, which MPS does not get right
-    (pytorch#175189)."""
+    """The network on the device, channels last, which MPS gets wrong (pytorch#175189)."""
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     return net.to(device, memory_format=layout)
 
