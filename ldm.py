@@ -54,8 +54,8 @@ from torchvision.transforms import functional as TF
 # so that from the first step on, the gradient reaches even the first layer.
 
 def group_norm(c):
-    # At most 32 groups. A group of one channel would lose its mean, so each has at least 4:
-    # 48 channels make gcd(32, 12) = 4 groups of 12.
+    # At most 32 groups. A channel alone in its group would lose its mean, so each group has at
+    # least 4: 48 channels make gcd(32, 12) = 4 groups of 12.
     return nn.GroupNorm(math.gcd(32, c // 4), c)
 
 class Attention(nn.Module):
@@ -435,9 +435,9 @@ class NoiseScheduler(nn.Module):
         return list(zip(t, t[1:]))
 
     def ddpm_step(self, z0, z_t, t, t_next, noise):
-        """Draws z at t_next from q(z_next | z_t, z0), DDPM Eq. 6 and 7: it goes back further
-        than DDIM, and adds fresh noise. The formula takes the estimate z0 for the truth, which
-        is nearly right for a short step only: any t_next < t runs, but few steps look bad."""
+        """Draws z at t_next from q(z_next | z_t, z0), DDPM Eq. 6 and 7: it takes more noise out
+        than DDIM, and adds new. The formula takes the estimate z0 for the truth, which is
+        nearly right for a short step only: any t_next < t runs, but few steps look bad."""
         a = (self.alpha[t] / self.alpha[t_next]) ** 2  # what DDPM calls alpha_t, if t_next = t - 1
         beta = 1 - a
         z0_weight = self.alpha[t_next] * beta / self.sigma[t] ** 2
@@ -451,10 +451,10 @@ class NoiseScheduler(nn.Module):
         return self.alpha[t_next] * z0 + self.sigma[t_next] * eps
 
     def dpm_step(self, z0, z_t, t, t_next, previous=None):
-        """DPM-Solver++(2M), Algorithm 2. DDIM keeps its estimate of z0 for a whole step. But
-        the estimate changes on the way, about evenly in lambda = log(alpha / sigma), so this
-        takes the one for the middle, by going on along the line through the last two.
-        previous: (t, z0) of the step before."""
+        """DPM-Solver++(2M), Algorithm 2. DDIM keeps its estimate of z0 for a whole step. But it
+        changes on the way, about evenly in lambda = log(alpha / sigma), so this takes
+        the one for mid-step, on the line through the network's last two estimates. previous:
+        (t, z0) of the step before, as the network gave it."""
         if previous is not None and t_next >= 0:  # at t = -1 lambda is infinite: plain DDIM
             steps = (previous[0], t, t_next)
             lam_before, lam, lam_next = (math.log(self.alpha[i] / self.sigma[i]) for i in steps)
@@ -502,7 +502,7 @@ class UNet(nn.Module):
             args = dict(layers=layers, t_dim=t_dim, heads=4)
             c_in, c_out, halve = widths[i], widths[i + 1], i < downs
             self.down_blocks.append(DownBlock(c_in, c_out, **args, down=halve))
-            # Up block i gets widths[i] channels from below, and as many from the skip.
+            # Up block i gets widths[i] from below and by the skip, and makes widths[i - 1].
             up = UpBlock(c_in, widths[max(i - 1, 0)], **args, up=halve, c_skip=c_in)
             self.up_blocks.insert(0, up)  # the way up mirrors the way down
         self.out = norm_silu_conv(c, z_channels)
@@ -527,7 +527,7 @@ class UNet(nn.Module):
 # UNet itself. The late average is over the last training steps, and jitters less than the
 # weights. The early one was stopped after a fifth of the training. With the same data and the
 # same weaknesses it errs in the same directions, only further. So the step from its answer to
-# the late one leads away from these errors, and a step half as long again gives better images:
+# the late one leads away from these errors, and one 1.5 times as long is better still:
 # autoguidance (Karras et al. 2024, arXiv 2406.02507).
 
 class LatentDiffusion(nn.Module):
@@ -727,13 +727,11 @@ def resolve(cls, given):
     """Settings of class cls: the defaults, then the data set's preset, then what is given, a
     dict {name: value}. Raises UserError with the flag and its rule."""
     cfg = cls(**given)
-    for setting in fields(cls):
-        presets = setting.metadata.get("presets", {})
-        if setting.name not in given and cfg.data in presets:
-            setattr(cfg, setting.name, presets[cfg.data])
+    for setting in [f for f in fields(cls) if f.metadata]:  # the others are no flags
         value = getattr(cfg, setting.name)
-        # Skips what is no flag, and a flag that was left at None.
-        if setting.metadata and (value, setting.default) != (None, None):
+        if setting.name not in given:
+            value = setting.metadata["presets"].get(cfg.data, value)
+        if value is not None or setting.default is not None:
             setattr(cfg, setting.name, check(setting, value))
 
     if cfg.data and not cfg.out:
@@ -839,7 +837,7 @@ def train_ae(cfg):
         lr = learning_rate(cfg, step)
         ramp = min(1, max(0, step - disc_start) / 1000)
         weights["gan"] = cfg.gan_weight * ramp * lr / cfg.lr
-        if cfg.ae == "vq" and step % 100 == 1:  # just after each log, which counts used codes
+        if cfg.ae == "vq" and step % 100 == 1:  # after the log: restart zeroes its counts
             with torch.no_grad(), autocast(device, dtype):
                 ae.quantizer.restart(ae.encode(draw_images(images, cfg, device)))
 
@@ -947,7 +945,7 @@ def train_ldm(cfg):
     device, dtype = pick_device(cfg)
     ae, ae_cfg = load_autoencoder(Path(cfg.out, "ae.pt"), device)
     images, held_out = load_same_images(cfg, ae_cfg)
-    name = fingerprint(*ae.state_dict().values())  # Run refuses to go on with another one
+    name = fingerprint(*ae.state_dict().values())  # a run resumes only with the same one
     cfg = replace(cfg, ae_settings=asdict(ae_cfg), autoencoder=name)
 
     torch.manual_seed(cfg.seed)
@@ -1029,8 +1027,8 @@ def sample(cfg):
     images = ldm.sample(cfg.n or 16, cfg.seed, cfg.sampler, cfg.steps, cfg.batch, dtype,
                         cfg.autoguidance, trace, progress)
     save_picture(folder / "progress.png", denoising_strip(trace, ldm))
-    grid = image_grid(images[:64], math.ceil(min(64, len(images)) ** 0.5))
-    save_picture(folder / "samples.png", grid)
+    columns = math.ceil(min(64, len(images)) ** 0.5)
+    save_picture(folder / "samples.png", image_grid(images[:64], columns))
     if cfg.save_images:
         for old in folder.glob("samples/*.png"):  # those of a larger set would mix in
             old.unlink()
@@ -1074,8 +1072,7 @@ def evaluate(cfg):
         images = ldm.sample(n, cfg.seed, cfg.sampler, cfg.steps, cfg.batch, dtype,
                             cfg.autoguidance, progress=progress)
         fake = torch.cat([features(part) for part in images.split(32)])
-        name = f"FD, {n} samples ({cfg.sampler}, {cfg.steps} steps)"
-        table[name] = frechet_distance(fake, real)
+        table[f"FD, {n} samples ({cfg.sampler}, {cfg.steps} steps)"] = frechet_distance(fake, real)
 
     say(f"{folder.absolute()}, {len(held_out)} held-out images; FD is a Frechet distance of "
         "VGG16 features, and cannot be compared with a published FID")
