@@ -50,8 +50,8 @@ from torchvision.transforms import functional as TF
 
 # ---- 1. Blocks ---------------------------------------------------------------------------
 # A few blocks build everything below: encoder, decoder and UNet. They are those of DDPM (Ho et
-# al. 2020, arXiv 2006.11239, appendix B). ResBlock and attention start close to the identity,
-# so that from the first step on, the gradient reaches even the first layer.
+# al. 2020, arXiv 2006.11239, appendix B). At first ResBlock and attention add only a bias to
+# their shortcut, so that a gradient can pass a deep stack of them without fading.
 
 def group_norm(c):
     # At most 32 groups. A channel alone in its group would lose its mean, so each group has at
@@ -145,17 +145,17 @@ class UpBlock(nn.Module):
 
 
 # ---- 2. Autoencoders ---------------------------------------------------------------------
-# Stage 1 turns 256x256x3 numbers into 32x32x4. Why not a plain autoencoder? Its latents could
-# grow without limit, and two similar images could lie far apart, so that each small error of
-# stage 2 might decode to something else. There are two remedies, with the same networks.
+# Stage 1 turns 256x256x3 numbers into 32x32x4. Why not a plain autoencoder? Its latents can grow
+# without limit, and nothing says what the points between them decode to, so that each small
+# error of stage 2 might show. There are two remedies, with the same networks.
 # VQVAE (van den Oord et al. 2017, arXiv 1711.00937) rounds: at each position the nearest of K
 # learnt vectors, the codes, replaces the encoder's own, z_e. The decoder sees only codes. Stage
 # 2 models z_e, before this rounding. A further loss, the commitment, keeps z_e near the codes,
 # and rounding on the way to the decoder repairs small errors.
 # VAE (Kingma & Welling 2013, arXiv 1312.6114) adds noise to the latent while it trains, so that
-# neighbours have to mean similar images. Its encoder could escape the noise by means that are
-# huge. The KL loss makes both expensive, huge means and too little noise. Its weight is small,
-# since stage 2 learns by itself how latents are spread, and more noise would blur the images.
+# neighbours have to mean similar images. The encoder could escape by making the noise small or
+# the latents huge. The KL loss makes both expensive. Its weight is small, since stage 2 learns
+# by itself how latents are spread, and more noise would blur the images.
 
 def build_encoder(channels, widths, layers, c_out):
     """Image (B, C, H, W) -> (B, c_out, h, w). Each width after the first halves the sides, so
@@ -193,7 +193,7 @@ class VectorQuantizer(nn.Module):
     def quantise(self, z_e):
         """z_e (B, D, h, w) -> z_q (B, D, h, w), the codes e_k with the least |z_e - e_k|^2
         (VQVAE's Eq. 1 and 2), and their indices k (B, h, w). The distances are float32, because
-        in bf16 one vector in four would get a wrong code."""
+        in bf16 many a vector would get a wrong code."""
         with torch.autocast(z_e.device.type, enabled=False):
             z = z_e.movedim(1, -1)                                     # (B, h, w, D)
             dist = torch.cdist(z.flatten(0, 2), self.codebook.weight)  # (B*h*w, K)
@@ -303,7 +303,7 @@ class LPIPS(nn.Module):
             raise FileNotFoundError(
                 f"LPIPS needs {weights}, which comes with ldm.py, and {path}, which is fetched. "
                 f"One is missing or damaged ({type(error).__name__}). Delete a damaged one and get "
-                "it again. Only train-ae can do without: --perceptual-weight 0") from error
+                "it again. train-ae can do without: --perceptual-weight 0") from error
         cuts = (0, 4, 9, 16, 23, 30)  # the slices end with relu1_2, 2_2, 3_3, 4_3, 5_3
         self.slices = nn.ModuleList(net[a:b] for a, b in zip(cuts, cuts[1:]))
         # ImageNet's mean and deviation per channel, for images in [-1, 1].
@@ -465,11 +465,11 @@ class NoiseScheduler(nn.Module):
 
 
 # ---- 6. UNet -----------------------------------------------------------------------------
-# The network that predicts. On its way down it sees more and more of the latent at once, on
-# its way up it gets back what it saw before, by skips. It has to know t, for at t = 999 it can
-# only say how an average face is laid out, and at t = 10 it polishes one. So t goes into every
-# ResBlock. DDPM's UNet has one skip a layer and attention at 16x16. Here it is one skip a
-# block, and attention everywhere.
+# The UNet makes the prediction. On its way down the maps get smaller, so that more channels
+# cost little. On its way up, skips give back the detail that small maps cannot hold. It has to
+# know t, for at t = 999 it can only say how an average face is laid out, and at t = 10 it
+# polishes one. So t goes into every ResBlock. DDPM's UNet has one skip a layer and attention
+# at 16x16. Here it is one skip a block, and attention everywhere.
 
 def sinusoids(t, dim):
     """Steps t (B,) -> (B, dim): sin(f_i t), then cos(f_i t), with f_i = 10000^(-2 i / dim), i =
@@ -595,7 +595,7 @@ class LatentDiffusion(nn.Module):
     @torch.no_grad()
     def sample(self, n, seed=0, sampler="dpm", steps=30, batch=64, dtype=None, autoguidance=1.5,
                trace=None, progress=lambda items, label: items):
-        """Makes n images (n, C, H, W) in [-1, 1], on the CPU, `batch` of them at a time. Image
+        """Makes n images (n, C, H, W) in [-1, 1], returned on the CPU, `batch` at a time. Image
         i starts from noise that depends on the seed and i alone, so it looks the same in any
         batch. dtype: of autocast, None for float32. trace: a list that gets (z_t, estimate of
         z0) of the first four images at each step. progress: wraps a loop and says how far it
@@ -690,6 +690,7 @@ class LDMConfig(TrainConfig):
 @dataclass
 class SampleConfig(RunConfig):
     data: str = flag(None, "whose run to use; if not given, the newest", group="data and run")
+    out: str = flag(None, "run folder; if not given, that of --data, or else the newest")
     data_root: str = flag(None, "folder that holds the data sets; if not given, as in training")
     n: int = flag(None, "images to make; if not given, sample: 16, eval: 2000", group="sampling")
     batch: int = flag(64, "images at once on the device", high=10 ** 5)
@@ -697,7 +698,7 @@ class SampleConfig(RunConfig):
     steps: int = flag(30, "denoising steps; give ddpm all 1000", high=1000)
     autoguidance: float = flag(1.5, "strength of autoguidance; 1 turns it off and makes sampling "
                                "twice as fast", low=0, high=10)
-    save_images: bool = flag(False, "also write each image, into samples/", False, True)
+    save_images: bool = flag(False, "sample only: also write each image into samples/", False, True)
 
 class UserError(Exception):
     """A mistake that the user can repair. main prints its sentence, without a traceback."""
@@ -707,7 +708,7 @@ def require(condition, sentence):
         raise UserError(sentence)
 
 def check(setting, value):
-    """The value in plain Python types, the only ones that a checkpoint can hold: a Path or a
+    """The value in plain Python types, as a checkpoint cannot hold others safely: a Path or a
     number of numpy would make it unreadable. Raises UserError if it breaks the rule."""
     kind, rule = setting.type, setting.metadata
     if isinstance(value, (str, os.PathLike)):
@@ -719,7 +720,8 @@ def check(setting, value):
     else:
         numbers = value if kind is tuple and isinstance(value, list) else [value]
         right = all(type(x) in (int, kind) and rule["low"] <= x <= rule["high"] for x in numbers)
-        advice = f"give a number from {rule['low']} to {rule['high']}"
+        number = "a number" if kind is float else "a whole number"
+        advice = f"give {number} from {rule['low']} to {rule['high']}"
     require(right, f"--{setting.name.replace('_', '-')} {value}: {advice}")
     return kind(value)
 
@@ -756,7 +758,7 @@ def resolve(cls, given):
                 f"because the encoder halves it {len(cfg.widths) - 1} times")
     return cfg
 
-# Three short functions that both stages share.
+# Both stages use the first two of these functions. The third is for stage 2 alone.
 
 def learning_rate(cfg, step):
     """Rises evenly over the first 500 steps, or 5 % if that is less, stays at cfg.lr, and falls
@@ -768,9 +770,10 @@ def learning_rate(cfg, step):
 def optimise(scaler, optimiser, net, lr):
     """One step with the gradients at hand, whose norm is cut to 1 at most. Then zeroes them."""
     optimiser.param_groups[0]["lr"] = lr
-    scaler.unscale_(optimiser)  # fp16: clipping needs the true norm
+    # In fp16 the loss was scaled up, lest small gradients become 0. This scales them back.
+    scaler.unscale_(optimiser)
     nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-    scaler.step(optimiser)  # fp16: skipped if a gradient overflowed
+    scaler.step(optimiser)  # skipped if one of them overflowed in fp16
     optimiser.zero_grad()
 
 @torch.no_grad()
@@ -786,7 +789,7 @@ def update_ema(ema, model, step):
 # The recipe is VQGAN's (Esser et al. 2021, arXiv 2012.09841, section 3.1): reconstruction,
 # LPIPS, the latent's own losses, and a GAN that joins in late, because it can only add texture
 # to what is already in place. VQGAN sets the GAN's weight anew in each step, so that its
-# gradient is as large as that of the others. Here it rises over 1000 steps, so that an
+# gradient is as large as that of the reconstruction. Here it rises over 1000 steps, so that an
 # untrained discriminator does no harm, and then falls with the learning rate. Without that
 # fall, coloured grain stays in the eyes of the faces. Run (section 13) counts the steps, logs
 # and saves, and optimise (section 8) clips gradients, takes a step of Adam, and zeroes them.
@@ -887,7 +890,7 @@ def train_ae(cfg):
 
 
 # ---- 10. Stage 2 -------------------------------------------------------------------------
-# The autoencoder is frozen now, so each image is encoded only once, before the first step.
+# The autoencoder is frozen now, so the images are encoded once, before the first step.
 # Then a step is short: draw latents, noise and steps t, mix them, let the UNet predict, and
 # take the squared error (DDPM Eq. 14, where the target is eps). A loss near 0.5 is no failure:
 # nobody can tell exactly which part of z_t is image and which is noise. The loss hardly falls
@@ -899,7 +902,8 @@ def load_autoencoder(path, device):
     ckpt = load_file(path, "ae")
     cfg = AEConfig(**ckpt["config"])
     if ckpt["step"] < cfg.steps:
-        say(f"warning: {path} stopped at step {ckpt['step']} of {cfg.steps}; train-ae goes on")
+        say(f"warning: {path} stopped at step {ckpt['step']} of {cfg.steps}. To finish it, "
+            "run train-ae again")
     ae = build_autoencoder(cfg)
     ae.load_state_dict(ckpt["parts"]["ae"])
     return place(ae, device).eval().requires_grad_(False), cfg
@@ -1019,7 +1023,7 @@ def sample(cfg):
     folder = find_run(cfg, "ldm.pt")
     ldm = load_ldm(folder / "ldm.pt", device)
     require(cfg.data in (None, ldm.ae_cfg.data), f"--data {cfg.data}: {folder} was trained on "
-            f"{ldm.ae_cfg.data}; name a run by its folder, with --out")
+            f"{ldm.ae_cfg.data}; leave --data out, or name another run with --out")
     require(os.access(folder, os.W_OK), f"{folder} cannot be written; copy it, and name the copy "
             "with --out")
 
@@ -1084,9 +1088,9 @@ def evaluate(cfg):
 
 
 # ---- 12. Data ----------------------------------------------------------------------------
-# Every data set becomes one uint8 tensor (N, C, H, W) in memory. The images are shuffled, and a
-# tenth of them, at most 1000, is held out from training, because a network is to be judged on
-# what it has not seen.
+# Every data set becomes one uint8 tensor (N, C, H, W) in memory. The last tenth, at most 1000
+# images, is held out, since a network is to be judged on what it has not seen. The pictures of
+# a folder are shuffled before, because neighbours may be alike.
 
 SKIN = [(255, 224, 196), (240, 200, 160), (214, 160, 118), (160, 108, 72), (110, 72, 48)]
 HAIR = [(30, 26, 24), (104, 62, 32), (232, 196, 92), (190, 74, 36), (84, 92, 200)]
@@ -1112,7 +1116,7 @@ def draw_face(index, size):
     for side in (x - gap, x + gap):
         for part, colour in ((1, "white"), (0.6, iris), (0.3, "black")):
             ellipse(colour, side, y, part * eye, part * 0.8 * eye)
-    ellipse((150, 40, 50), x, y + 0.38, 0.28, mouth, 0, rng.choice([180, 360]))  # or a smile
+    ellipse((150, 40, 50), x, y + 0.38, 0.28, mouth, 0, rng.choice([180, 360]))  # 180 is a smile
     return np.array(canvas.resize((size, size), Image.Resampling.BOX))
 
 def toyfaces(indices, size=32):
@@ -1127,7 +1131,7 @@ def decode_image(path, size, channels):
     Transparency becomes white, 16 bits become 8. Raises what PIL raises on a broken file."""
     with Image.open(path) as img:
         img.draft(None, (2 * size, 2 * size))  # JPEG only: it shrinks while decoding
-        with contextlib.suppress(SyntaxError, ValueError, TypeError):  # a damaged tag: no turn
+        with contextlib.suppress(SyntaxError, ValueError, TypeError):  # its tag may be damaged
             img = ImageOps.exif_transpose(img)  # cameras store the turn as a tag
         if img.mode.startswith("I"):  # 16 bits
             img = Image.fromarray((np.asarray(img).clip(0, 65535) / 257).round().astype(np.uint8))
@@ -1160,7 +1164,7 @@ def load_folder(folder, size, channels):
             # out would be wrong. Next time it may be readable.
             require(not getattr(error, "errno", None), f"{path} cannot be read now ({error}); try "
                     "again, or move it away")
-            return f"left out, because it is damaged: {path} ({error})"
+            return f"left out, because PIL could not read it: {path} ({error})"
 
     with ThreadPoolExecutor(4) as pool:
         faults = [*progress(pool.map(decode, range(len(paths))), "decoding", len(paths))]
@@ -1253,8 +1257,8 @@ def new_file(path):
             partial.unlink()
         # On a full disk torch.save raises a RuntimeError, whose context is the true reason.
         reason = error.__context__ if isinstance(error, RuntimeError) else error
-        raise UserError(f"{path} cannot be written ({reason}); make room, or see whether you may "
-                        "write there") from error
+        raise UserError(f"{path} cannot be written ({reason}); make room, close programs that use "
+                        "it, or see whether you may write there") from error
 
 def save_picture(path, picture):
     with new_file(path) as file:
@@ -1266,13 +1270,14 @@ def load_file(path, kind, mmap=False):
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         return ckpt[f"{kind} of {FORMAT}"]
     except Exception as error:  # whatever disks, zip files and unpicklers raise
-        raise UserError(f"{path.absolute()} is missing: run train-{kind} first. Or it is damaged, "
-                        "or of another version of ldm.py: then move it away first") from error
+        raise UserError(f"{path.absolute()} cannot be read. If it is not there, run train-{kind}. "
+                        "If it is, it is damaged, or another version of ldm.py wrote it: move "
+                        "it away and train again") from error
 
 class Run:
     """A training stage in its run folder: counts steps, logs, saves, and goes on after a stop.
     parts: {name: network, optimiser or scaler}, all that a checkpoint has to hold. Raises
-    UserError if there is a checkpoint whose settings were others."""
+    UserError if there is a checkpoint with other settings, but for MAY_CHANGE."""
     def __init__(self, cfg, stage, parts):
         self.cfg, self.stage, self.parts = cfg, stage, parts
         self.path = Path(cfg.out, f"{stage}.pt")
@@ -1322,7 +1327,7 @@ class Run:
             while not self.last:
                 self.step += 1
                 self.last = bool(asked) or self.step == self.cfg.steps
-                # Random numbers depend on the step alone, so a resumed run draws the same ones.
+                # Random numbers depend on seed and step alone, also after a resume.
                 torch.manual_seed(self.cfg.seed * 1_000_003 + self.step)
                 yield self.step
         finally:
@@ -1455,13 +1460,14 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 def place(net, device):
-    """The network on the device, channels last, which MPS gets wrong (pytorch#175189)."""
+    """Moves the network to the device. Channels are stored last, which GPUs prefer, but not on
+    a Mac's GPU (MPS), where BatchNorm's gradients would be wrong (pytorch#175189)."""
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     return net.to(device, memory_format=layout)
 
 class OnePassGroupNorm(nn.GroupNorm):
-    """nn.GroupNorm with var = E[x^2] - E[x]^2, so that x is read only once, and not copied to
-    another layout. Compiled, it takes a fifth off a step of the UNet (H100, bf16)."""
+    """nn.GroupNorm with var = E[x^2] - E[x]^2, so that one look at x gives mean and variance,
+    and x needs no other layout. Compiled, it takes a fifth off a UNet step (H100, bf16)."""
     def forward(self, x):
         x = x.float()  # the difference of two large numbers: bf16 has no digits to spare
         split = (self.num_groups, -1)
@@ -1531,7 +1537,7 @@ def build_parser():
 def main(argv=None):
     """Runs a command line; returns the exit code: 0 done, 2 an error, 130 stopped."""
     parser = build_parser()
-    given = vars(parser.parse_args(argv))  # only what was typed: SUPPRESS
+    given = vars(parser.parse_args(argv))  # SUPPRESS leaves only what was typed
     command = given.pop("command")
     if command is None:
         parser.print_help()
@@ -1545,10 +1551,12 @@ def main(argv=None):
         return 130
     except (UserError, OSError) as error:
         message = error
-    except (MemoryError, RuntimeError) as error:  # on a CPU PyTorch raises a plain RuntimeError
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        # On a GPU it is torch.OutOfMemoryError, on a CPU a RuntimeError with these words.
+        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not memory and "can't allocate memory" not in str(error):
             raise
-        message = "out of memory: lower --batch (a training starts anew then: move its .pt away)"
+        message = "out of memory. Give a smaller --batch, and move a begun run's .pt away"
     print(f"ldm.py: error: {message}", file=sys.stderr)
     return 2
 

@@ -1362,8 +1362,8 @@ def test_good_files_of_a_folder_are_read_and_others_named(capsys):
     Path("in/gone.png").symlink_to("nowhere.png")
     assert keys(load_folder()) == keys(ldm.toyfaces(range(5), 16))
     lines = capsys.readouterr().out
-    for line in ("left out 2 files .heic.*convert", "left out 1 files .txt", "damaged: in/cut.jpg",
-                 "damaged: in/text.jpg", "in: 5 pictures"):
+    for line in ("left out 2 files .heic.*convert", "left out 1 files .txt", "read it: in/cut.jpg",
+                 "read it: in/text.jpg", "in: 5 pictures"):
         assert re.search(line, lines), line
     assert ".png" not in lines and "hidden" not in lines
 
