@@ -145,9 +145,9 @@ class UpBlock(nn.Module):
 
 
 # ---- 2. Autoencoders ---------------------------------------------------------------------
-# Stage 1 turns 256x256x3 numbers into 32x32x4. Why not a plain autoencoder? Its latents can grow
-# without limit, and nothing says what the points between them decode to, so that each small
-# error of stage 2 might show. There are two remedies, with the same networks.
+# Stage 1 turns 256x256x3 numbers into 32x32x4. Why not a plain autoencoder? Its latents can
+# grow without limit, and nothing says what the points between them decode to, so that each
+# small error of stage 2 might show. There are two remedies, with the same networks.
 # VQVAE (van den Oord et al. 2017, arXiv 1711.00937) rounds: at each position the nearest of K
 # learnt vectors, the codes, replaces the encoder's own, z_e. The decoder sees only codes. Stage
 # 2 models z_e, before this rounding. A further loss, the commitment, keeps z_e near the codes,

@@ -1,8 +1,8 @@
-"""Tests of ldm.py, in the order of its sections: each block, loss and sampler against a formula or
-a brute-force reference, then training, resuming, the data loader with a zoo of pictures and the
-command line, with tiny networks. CPU only, no network, nothing outside the repository."""
+"""Tests of ldm.py in the order of its sections, each block, loss and sampler against a formula or
+brute force, all with tiny networks. CPU only, no network, nothing outside the repository."""
 import ast
 import contextlib
+import dis
 import importlib.util
 import io
 import math
@@ -15,6 +15,7 @@ import threading
 import weakref
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ TINY = {
     "ae": dict(size=16, widths=(8, 16), layers=1, z_channels=2, codebook_size=16, batch=4, steps=4,
                lr=2e-3, perceptual_weight=0.0, gan_weight=0.0),
     "ldm": dict(widths=(16, 24), layers=1, batch=8, steps=4, lr=2e-3)}
+GAN = dict(ae="kl", gan_weight=500.0)
 close = torch.testing.assert_close
 each = pytest.mark.parametrize
 
@@ -57,12 +59,11 @@ def clean_start(tmp_path, monkeypatch, request):
 def vgg():
     """VGG16 `features.*` weights from a formula, of the usual size; no random generator."""
     with torch.device("meta"):
-        shapes = models.vgg16().features.state_dict()
-    state = {}
-    for name, w in shapes.items():
+        state = models.vgg16().features.state_dict(prefix="features.")
+    for name, w in state.items():
         wave = torch.arange(w.numel(), dtype=torch.float64).square().mul(0.1).sin().view(w.shape)
         fan_in = w[0].numel() if w.dim() > 1 else 400
-        state[f"features.{name}"] = (wave * (4 / fan_in) ** 0.5).float()
+        state[name] = (wave * (4 / fan_in) ** 0.5).float()
     return state
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def faces(tmp_path_factory):
     """A folder of 40 PNGs (20x20): 36 to train on, 4 held out."""
     folder = tmp_path_factory.mktemp("faces")
     for i in range(40):
-        Image.fromarray(face(i, 20)).save(folder / f"{i:02}.png")
+        Image.fromarray(ldm.draw_face(i, 20)).save(folder / f"{i:02}.png")
     return folder
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,6 @@ def train(faces, tmp_path_factory):
                 self, log_every if every == 100 else every))
             command(f"train-{stage}", *words(given))
         return load(Path(out, f"{stage}.pt"))
-
     due = ldm.Run.due
     sample = ldm.LatentDiffusion.sample.__wrapped__
     defaults = sample.__defaults__
@@ -107,7 +107,6 @@ def spy(monkeypatch, owner, name):
     def spied(*args, **kwargs):
         calls.append(args)
         return original(*args, **kwargs)
-
     calls = []
     original = getattr(owner, name)
     monkeypatch.setattr(owner, name, spied)
@@ -119,7 +118,6 @@ def signal_at(monkeypatch, step, number=signal.SIGINT):
         if now == step:
             signal.raise_signal(number)
         return rate(cfg, now)
-
     rate = ldm.learning_rate
     monkeypatch.setattr(ldm, "learning_rate", spied)
 
@@ -156,26 +154,12 @@ def load(path):
     (content,) = torch.load(path, weights_only=True).values()
     return content
 
-def load_folder(folder="in", size=16, channels=3):
-    """The pictures of a folder, small."""
-    return ldm.load_folder(Path(folder), size, channels)
-
-def face(i, size):
-    """Toy face number i as an array (size, size, 3)."""
-    return ldm.toyfaces([i], size)[0].permute(1, 2, 0).numpy()
-
 def shaken(net):
     """The network with every weight random, also those that start at zero."""
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))
     return net
-
-def echo():
-    """An autoencoder whose images are its latents."""
-    layer = nn.Identity()
-    layer.encode = layer.decode = layer.forward
-    return layer
 
 def keys(images):
     """A set with the content of each image of a batch."""
@@ -185,70 +169,44 @@ def pixels(path):
     """A picture file as an array of whole numbers."""
     return np.asarray(Image.open(path)).astype(int)
 
+def wrong_files(whole):
+    """What may lie at the place of the file with this content, {kind: content}."""
+    torch.save({"a": torch.ones(1000)}, "other")
+    return dict(other=Path("other").read_bytes(), half=whole[:len(whole) // 2], cut=whole[:-999],
+                page=b"<html>", empty=b"", code=b"cos\nmkdir\n(S'trap'\ntR.")  # makes a folder
+
 # ---- The file -----------------------------------------------------------------------------------
-def sections():
-    """The text of ldm.py above its first banner, then that of each section."""
-    return re.split(r"^# ---- \d+\. .*$", TEXT, flags=re.M)
+TEXTS = re.split(r"^# ---- \d+\. .*$", TEXT, flags=re.M)  # above the first banner, each section
+VQ = re.search(r"^class VectorQuantizer.*?(?=^class )", TEXT, re.M | re.S)[0]
 
-def classes(text):
-    """The names of the classes in a text, with their source."""
-    nodes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
-    return {node.name: ast.get_source_segment(text, node) for node in nodes}
+def global_names(code):
+    """The names that functions inside this code look up outside of themselves."""
+    names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    return names.union(*(global_names(c) for c in code.co_consts if hasattr(c, "co_consts")))
 
-def test_file_is_tidy_and_imports_only_what_the_readme_installs():
-    """Lines have at most 100 columns, banners are numbered, and four packages are imported."""
+def test_file_is_tidy_and_importing_it_is_silent_also_by_a_link(capfd, monkeypatch):
+    """It imports four packages, prints and creates nothing, and finds its weights in its folder."""
     assert max(map(len, TEXT.splitlines())) <= 100
     numbers = re.findall(r"^# ---- (\d+)\. [A-Z].* -+$", TEXT, re.M)
     assert numbers == [str(i + 1) for i in range(TEXT.count("\n# ----"))]
-    nodes = list(ast.walk(ast.parse(TEXT)))
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    names = {name.split(".")[0] for name in names} - sys.stdlib_module_names
-    assert names == {"torch", "torchvision", "PIL", "numpy"}
-
-def test_importing_is_silent_and_finds_the_weights_behind_a_link(capfd, monkeypatch):
-    """Nothing is printed or created, and lpips_weights.pth is found through a symbolic link."""
+    nodes = [n for n in ast.walk(ast.parse(TEXT)) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    names = {(getattr(n, "module", 0) or a.name).split(".")[0] for n in nodes for a in n.names}
+    assert names - sys.stdlib_module_names == {"torch", "torchvision", "PIL", "numpy"}
     Path("link.py").symlink_to(HERE / "ldm.py")
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     spec = importlib.util.spec_from_file_location("link", "link.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.LPIPS_WEIGHTS.exists()
-    assert capfd.readouterr() == ("", "")
-    assert os.listdir() == ["link.py"]
+    assert capfd.readouterr() == ("", "") and os.listdir() == ["link.py"]
 
-USES = {  # class: (the sections that it needs besides the imports, an example)
-    "Attention": ((1,), "Attention(8, 2)(maps)"),
-    "ResBlock": ((1,), "ResBlock(8, 12)(maps)"),
-    "Stack": ((1,), "Stack(ResBlock(8, 8, 16), nn.SiLU())(maps, t_emb)"),
-    "DownBlock": ((1,), "DownBlock(8, 12, 1)(maps)"),
-    "MidBlock": ((1,), "MidBlock(8, 12, 1, 16)(maps, t_emb)"),
-    "UpBlock": ((1,), "UpBlock(8, 12, 1)(maps)"),
-    "VectorQuantizer": ((1, 2), "VectorQuantizer(16, 4)(z)[0]"),
-    "VQVAE": ((1, 2), "VQVAE(3, (8, 16), 1, 4, 16)(x)[0]"),
-    "VAE": ((1, 2), "VAE(3, (8, 16), 1, 4)(x)[0]"),
-    "LPIPS": ((3,), "LPIPS(weights, vgg)(x, -x)"),
-    "PatchGAN": ((4,), "discriminator_loss('bce', PatchGAN()(x), PatchGAN()(-x))"),
-    "NoiseScheduler": ((5,), "NoiseScheduler().add_noise(z, z, t)"),
-    "UNet": ((1, 6), "UNet(4, (8, 16), 1, 1)(z, t)"),
-    "LatentDiffusion": ((1, 5, 6, 7), "LatentDiffusion(echo, UNet(4, (8, 16), 1, 1), "
-                                      "NoiseScheduler(), (4, 8, 8)).sample(3, steps=2, batch=2)")}
-
-@each("name", USES)
-def test_each_class_can_be_copied_out_of_the_file(name, vgg):
-    """Every class works in another file, with the imports and the few sections that it needs."""
-    numbers, use = USES[name]
-    names = dict(x=torch.randn(2, 3, 32, 32), z=torch.randn(2, 4, 8, 8), t=torch.tensor([3, 9]),
-                 maps=torch.randn(2, 8, 4, 4), t_emb=torch.randn(2, 16), echo=echo(),
-                 weights=ldm.LPIPS_WEIGHTS, vgg=vgg)
-    texts = sections()
-    exec(texts[0] + "".join(texts[k] for k in numbers), names)
-    assert names[name] is not getattr(ldm, name)
-    assert eval(use, names).isfinite().all()
-
-def test_every_class_of_the_lecture_is_among_those_copied():
-    """The example of each class of sections 1 to 7 is in the list above."""
-    assert set(classes("".join(sections()[1:8]))) == set(USES)
+@each("parts", [TEXTS[1:2], [VQ], TEXTS[1:3], *([TEXTS[k]] for k in (3, 4, 5, 7)), TEXTS[1:7:5]])
+def test_each_class_can_be_copied_out_of_the_file(parts):
+    """The imports are enough for sections 1, 3, 4, 5, 7 and a quantiser; 2 and 6 need the first."""
+    code = compile("".join([TEXTS[0], *parts]), "copy.py", "exec")
+    names = {}
+    exec(code, names)
+    assert global_names(code) <= {*names, *names["__builtins__"]}  # in errors, too
 
 # ---- 1. Blocks ----------------------------------------------------------------------------------
 @each("t_dim, heads, resample, layers", [
@@ -271,50 +229,28 @@ def test_block_switches_change_only_what_they_name(t_dim, heads, resample, layer
     assert not torch.allclose(up(x, t_emb, skip), up(x, t_emb, -skip))
     assert not resample or torch.equal(up.up[0](x)[..., 1::2, ::2], x)  # nearest
 
-def test_layers_start_as_their_shortcut():
-    """A new ResBlock or Attention adds nothing to its input but a bias."""
-    x = torch.randn(2, 8, 8, 8)
-    for layer in (ldm.ResBlock(8, 8), ldm.Attention(8, heads=4)):
+def test_layers_equal_their_formulas_and_start_as_their_shortcut():
+    """A new layer adds only a bias, time one per channel; no channel is normalised alone."""
+    x, t_emb = torch.randn(2, 8, 3, 5), torch.randn(2, 5)
+    for layer in (ldm.ResBlock(8, 8), ldm.Attention(8, heads=2)):
         assert (layer(x) - x).std((2, 3)).max() < 1e-6
-
-def test_time_shifts_all_positions_of_a_resblock_alike():
-    """The time embedding is a shift per channel between the two convolutions of a ResBlock."""
+    q, k, v = shaken(layer).qkv(layer.norm(x).flatten(2).mT).chunk(3, dim=2)  # each (B, 15, 8)
+    out = torch.cat([(q[..., head] @ k[..., head].mT / 4 ** 0.5).softmax(2) @ v[..., head]
+                     for head in (slice(0, 4), slice(4, 8))], 2)
+    close(layer(x), x + layer.proj(out).mT.view_as(x))
     block = shaken(ldm.ResBlock(8, 12, t_dim=5))
-    x, t_emb = torch.randn(2, 8, 4, 6), torch.randn(2, 5)
     h = block.conv1(x) + block.time(t_emb).view(2, 12, 1, 1)
     close(block(x, t_emb), block.shortcut(x) + block.conv2(h))
-
-def test_no_channel_is_normalised_alone():
-    """A group has at least four channels, because one would lose its mean, and at most 32 exist."""
     for c in (4, 8, 12, 16, 24, 48, 64, 128, 192, 512):
         groups = ldm.group_norm(c).num_groups
         assert [type(m) for m in ldm.norm_silu_conv(c, 4)] == [nn.GroupNorm, nn.SiLU, nn.Conv2d]
-        assert c % groups == 0
-        assert c // groups >= 4
-        assert groups <= 32
-
-def test_attention_equals_softmax_written_out():
-    """Each head of the attention is softmax(q k^T / sqrt(d)) v, and the input is added."""
-    layer, x = shaken(ldm.Attention(8, heads=2)), torch.randn(2, 8, 3, 5)
-    q, k, v = layer.qkv(layer.norm(x).flatten(2).transpose(1, 2)).chunk(3, dim=2)   # (B, 15, 8)
-    heads = []
-    for head in (slice(0, 4), slice(4, 8)):
-        scores = q[..., head] @ k[..., head].transpose(1, 2) / 4 ** 0.5
-        heads.append(scores.softmax(2) @ v[..., head])
-    close(layer(x), x + layer.proj(torch.cat(heads, 2)).transpose(1, 2).view_as(x))
+        assert c % groups == 0 and c // groups >= 4 and groups <= 32
 
 # ---- 2. Autoencoders ----------------------------------------------------------------------------
 @pytest.fixture
 def vq():
     """A small VQVAE with 64 codes of 4 numbers."""
     return shaken(ldm.VQVAE(1, (8, 8), layers=1, z_channels=4, codebook_size=64))
-
-@pytest.fixture
-def vae():
-    """A VAE whose x_rec is z, and whose encoder's answer is set by the test."""
-    vae = ldm.VAE(1, (8, 8), 1, 2)
-    vae.decoder = nn.Identity()
-    return vae
 
 @each("channels, widths, latent", [(3, (8, 16, 16, 8), (2, 3)), (1, (8, 12), (8, 12)),
                                    (1, (8, 8, 8), (4, 6))])
@@ -323,8 +259,7 @@ def test_each_width_after_the_first_halves_the_image(channels, widths, latent):
     x = torch.randn(2, channels, 16, 24)
     for ae in (ldm.VQVAE(channels, widths, 1, 5, 16), ldm.VAE(channels, widths, 1, 5)):
         z = ae.encode(x)
-        assert z.shape == (2, 5, *latent)
-        assert ae(x)[0].shape == ae.decode(z).shape == x.shape
+        assert z.shape == (2, 5, *latent) and ae(x)[0].shape == ae.decode(z).shape == x.shape
 
 @each("bf16", [False, True])
 def test_quantiser_finds_the_nearest_code(vq, bf16):
@@ -345,11 +280,9 @@ def test_gradient_goes_straight_through_the_quantiser(vq):
     z_q = vq.quantizer.quantise(z_e)[0].detach().requires_grad_()
     expected = vq.decoder(z_q)
     close([x_rec, vq.decode(z_e)], [expected, expected], rtol=1e-4, atol=1e-5)
-    x_rec.square().sum().backward()
-    expected.square().sum().backward()
+    (x_rec.square().sum() + expected.square().sum()).backward()
     close(z_e.grad, z_q.grad, rtol=1e-3, atol=1e-5)
-    assert z_e.grad.abs().max() > 0
-    assert not torch.allclose(z_q, z_e)
+    assert z_e.grad.abs().max() > 0 and not torch.allclose(z_q, z_e)
 
 @each("term, moved, still", [("codebook", "quantizer", "encoder"),
                              ("commit", "encoder", "quantizer")])
@@ -361,7 +294,7 @@ def test_codebook_loss_moves_codes_and_commitment_loss_the_encoder(vq, term, mov
     loss.backward()
     for name, p in vq.named_parameters():
         assert p.grad is None or not name.startswith((still, "decoder"))
-        assert p.grad is not None or not name.startswith(moved)
+        assert not name.startswith(moved) or p.grad.any()
 
 def test_restart_moves_dead_codes_onto_the_data(vq):
     """The first call moves all codes, however far the data are, and later ones only unused ones."""
@@ -370,164 +303,90 @@ def test_restart_moves_dead_codes_onto_the_data(vq):
     layer.restart(far)
     codes = layer.codebook.weight.detach().clone()
     nearest = torch.cdist(codes, far.movedim(1, -1).reshape(-1, 4)).min(1)
-    assert nearest.values.max() < 0.5
-    assert nearest.indices.max() >= 256  # of both images
-    assert len(codes.unique(dim=0)) == 64
-    assert len(layer.quantise(far)[1].unique()) > 55
+    assert nearest.values.max() < 0.5 and nearest.indices.max() >= 256  # of both images
+    assert len(codes.unique(dim=0)) == 64 and len(layer.quantise(far)[1].unique()) > 55
     vq.encode = always(far[:1, :, :4, :4])
     vq(torch.zeros(1, 1, 8, 8))
-    used = layer.usage > 0
-    assert 0 < used.sum() < 64
-    assert layer.usage.sum() == 4 * 4
+    picks = layer.quantise(vq.encode(0))[1].flatten().bincount(minlength=64)
+    assert torch.equal(layer.usage, picks.float()) and 0 < (picks > 0).sum() < 64
     layer.restart(torch.randn(2, 4, 4, 4))
-    assert torch.equal((layer.codebook.weight != codes).any(1), ~used)
-    assert layer.usage.sum() == 0
+    assert torch.equal((layer.codebook.weight != codes).any(1), picks == 0)
+    assert layer.usage.sum() == 0 and [*map(float, ldm.codebook_use(layer.usage))] == [0, 1]
+    close(ldm.codebook_use(torch.tensor([3, 3, 0, 0])), (torch.tensor(50.0), torch.tensor(2.0)))
 
-def test_codebook_use_counts_codes_in_percent_and_as_perplexity(vq):
-    """Two of four codes, picked equally often, are 50 percent and a perplexity of two."""
-    assert list(map(float, ldm.codebook_use(torch.tensor([3, 3, 0, 0])))) == [50, pytest.approx(2)]
-    assert list(map(float, ldm.codebook_use(vq.quantizer.usage))) == [0, 1]  # nothing is picked
-
-def test_vector_quantizer_works_without_anything_else_of_the_file():
-    """The class is enough, with the imports: it starts, quantises, learns and moves dead codes."""
-    names = {}
-    exec(sections()[0] + classes(sections()[2])["VectorQuantizer"], names)
-    layer = names["VectorQuantizer"](codebook_size=50, z_channels=3)
-    z_e = torch.randn(2, 3, 4, 4, requires_grad=True)
-    layer.restart(z_e)
-    z_st, losses = layer(z_e)
-    z_q, indices = layer.quantise(z_e)
-    close(z_st, z_q)
-    assert torch.equal(layer.usage, indices.flatten().bincount(minlength=50).float())
-    (z_st.sum() + sum(losses.values())).backward()
-    close(z_e.grad, 1 + 2 * (z_e - z_q) / z_e.numel())  # that of z_st, and of "commit"
-    assert set(losses) == {"codebook", "commit"}
-    assert layer.codebook.weight.grad.any()
-    layer.restart(9 + 0 * z_e)
-    close(layer.quantise(9 + 0 * z_e)[0], 9 + 0 * z_e, atol=0.1, rtol=0)
-
-def test_kl_equals_that_of_torch_distributions(vae):
-    """The KL divergence to N(0, 1) is summed and divided by the number of image values."""
-    mean, logvar, x = torch.randn(3, 2, 4, 4), 3 * torch.randn(3, 2, 4, 4), torch.zeros(3, 1, 8, 8)
-    vae.encoder.forward = always(torch.cat([mean, logvar], 1))
+def test_vae_sample_is_reparameterised_and_kl_is_that_of_torch_distributions():
+    """z has the encoder's mean and deviation, both get a gradient, and KL is per image value."""
+    vae = ldm.VAE(1, (8, 8), 1, 2)
+    x = torch.randn(4, 1, 64, 64)
+    vae.decoder = nn.Identity()
+    assert (vae.encoder(x)[:, 2:] / 2).exp().max() < 0.2  # else it would learn to shout first
+    mean, logvar = (s * torch.randn(4, 2, 32, 32) for s in (1, 3))
+    vae.encoder.forward = always(torch.cat([mean.requires_grad_(), logvar.requires_grad_()], 1))
+    z, losses = vae(x)
     q = torch.distributions.Normal(mean, (logvar / 2).exp())
     kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0, 1)).sum() / x.numel()
-    close(vae(x)[1]["kl"], kl)
-    assert torch.equal(vae.encode(x), mean)
-    for extreme in (-1e4, 1e4):  # exp(logvar) must stay in range
-        vae.encoder.forward = always(torch.full((3, 4, 4, 4), extreme))
-        x_rec, losses = vae(x)
-        assert x_rec.isfinite().all()
-        assert losses["kl"].isfinite()
-
-def test_vae_sample_is_reparameterised(vae):
-    """z has the encoder's mean and deviation, both get a gradient, and a new VAE adds little."""
-    _, logvar = vae.encoder(torch.randn(4, 1, 32, 32)).chunk(2, dim=1)
-    assert (0.5 * logvar).exp().max() < 0.2  # else it would learn to shout first
-    mean = torch.full((4, 2, 32, 32), 0.5, requires_grad=True)
-    logvar = torch.full((4, 2, 32, 32), math.log(0.04), requires_grad=True)
-    vae.encoder.forward = always(torch.cat([mean, logvar], 1))
-    z = vae(torch.zeros(4, 1, 64, 64))[0]
-    assert abs(z.mean() - 0.5) < 0.01
-    assert abs(z.std() - 0.2) < 0.01
+    close([losses["kl"], vae.encode(x)], [kl, mean])
+    noise = (z - mean) / q.stddev
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
     z.sum().backward()
     close([mean.grad, logvar.grad], [torch.ones_like(z), (z - mean) / 2])  # dz / dlogvar
+    for extreme in (-1e4, 1e4):  # exp(logvar) must stay in range
+        vae.encoder.forward = always(torch.full((4, 4, 32, 32), extreme))
+        x_rec, losses = vae(x)
+        assert x_rec.isfinite().all() and losses["kl"].isfinite()
 
 # ---- 3. LPIPS -----------------------------------------------------------------------------------
-def waves(n, size, channels=3):
-    """Two batches of images from formulas."""
-    k = torch.arange(n * channels * size ** 2, dtype=torch.float64).view(n, channels, size, size)
-    return (0.3 * k).sin().float(), (0.05 * k + 1).cos().float()
-
 @each("size, full, half", [  # `lpips` 0.1.4, net="vgg", these made-up weights
     (16, (0.1871566, 0.1784239), (0.0124521, 0.0127265)),
     (28, (0.1876252, 0.1908308), (0.0185277, 0.0183998)),
     (64, (0.2209063, 0.2215153), (0.0077685, 0.0077767))])
 def test_lpips_equals_the_lpips_package(vgg, size, full, half):
     """Distances of two waves, and of a wave to its paler copy, are those of the package."""
-    lpips, (x, y) = ldm.LPIPS(ldm.LPIPS_WEIGHTS, vgg), waves(2, size)
+    k = torch.arange(6 * size ** 2, dtype=torch.float64).view(2, 3, size, size)
+    x, y = (0.3 * k).sin().float(), (0.05 * k + 1).cos().float()
+    lpips = ldm.LPIPS(ldm.LPIPS_WEIGHTS, vgg)
     assert lpips(x, y).tolist() == pytest.approx(full, abs=1e-4)
     assert lpips(0.5 * x, x).tolist() == pytest.approx(half, abs=1e-5)
 
-@each("dead", [False, True])
-def test_lpips_of_flat_images_is_zero_with_finite_gradient(vgg, dead):
-    """A square root at zero gives no NaN, also if biases silence every feature."""
-    weights = {k: v - 1e3 * (dead and v.dim() == 1) for k, v in vgg.items()}
-    x = torch.zeros(1, 3, 16, 16, requires_grad=True)
-    distance = ldm.LPIPS(ldm.LPIPS_WEIGHTS, weights)(x, x.detach() + dead)
-    distance.sum().backward()
-    assert distance.item() == 0
-    assert x.grad.isfinite().all()
-
-def test_lpips_trains_x_alone_and_takes_grey(vgg):
-    """No gradient goes to y or the frozen network, grey is three equal channels, all in float32."""
-    lpips, (x, y) = ldm.LPIPS(ldm.LPIPS_WEIGHTS, vgg), waves(3, 16, channels=1)
+def test_lpips_trains_x_alone_and_takes_grey_and_flat_images(vgg):
+    """No gradient goes to y, none is NaN; grey is three equal channels, all are float32."""
+    lpips, (x, y) = ldm.LPIPS(ldm.LPIPS_WEIGHTS, vgg), torch.randn(2, 3, 1, 16, 16).unbind()
     distance = lpips(x.requires_grad_(), y.requires_grad_())
     close(distance, lpips(x.expand(-1, 3, -1, -1), y.expand(-1, 3, -1, -1)))
     distance.sum().backward()
-    assert distance.shape == (3,)
-    assert x.grad.abs().max() > 0
-    assert y.grad is None
-    assert not any(p.requires_grad for p in lpips.parameters())
-    assert not lpips.training
+    assert distance.shape == (3,) and x.grad.abs().max() > 0 and y.grad is None
+    assert not any(p.requires_grad for p in lpips.parameters()) and not lpips.training
     with torch.autocast("cpu", torch.bfloat16):  # squares of half precision overflow
         assert all(f.dtype == torch.float32 for f in lpips.features(x))
+    for dead in (False, True):  # biases may silence every feature
+        weights = {k: v - 1e3 * (dead and v.dim() == 1) for k, v in vgg.items()}
+        x = torch.zeros(1, 3, 16, 16, requires_grad=True)
+        distance = ldm.LPIPS(ldm.LPIPS_WEIGHTS, weights)(x, x.detach() + dead)
+        distance.sum().backward()
+        assert distance.item() == 0 and x.grad.isfinite().all()
 
-@each("name", ["missing.pth", "page.pth", "other.pth", "cut.pth"])
-def test_missing_or_wrong_lpips_weights_are_named(vgg, name):
-    """No file, an HTML page, another program's weights or half a file is a sentence about it."""
-    torch.save({"a": torch.ones(1)}, "other.pth")
-    Path("page.pth").write_bytes(b"<html>not found</html>")
-    Path("cut.pth").write_bytes(ldm.LPIPS_WEIGHTS.read_bytes()[:-999])
-    with pytest.raises(FileNotFoundError, match=name) as caught:
-        ldm.LPIPS(name, vgg)
-    assert "weights_only" not in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-def wrong_vgg16(kind):
-    """What may lie under the name of torchvision's VGG16 instead of it."""
-    file = io.BytesIO()
-    torch.save({"other.weight": torch.ones(1000)}, file)
-    whole = file.getvalue()
-    code = b"cos\nmkdir\n(S'trap'\ntR."  # a pickle that would make a folder
-    contents = dict(other=whole, cut=whole[:-1000], page=b"<html>", empty=b"", code=code)
-    return contents[kind]
-
-@each("kind", ["other", "cut", "page", "empty", "code"])
-def test_wrong_vgg16_is_named_and_to_be_deleted(monkeypatch, tmp_path, kind):
-    """A damaged VGG16 in torch.hub's folder is a sentence without the advice that torch prints."""
-    monkeypatch.delattr(models.VGG16_Weights, "get_state_dict")  # the real one again
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    path = tmp_path / "hub/checkpoints/vgg16-397923af.pth"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(wrong_vgg16(kind))
-    with pytest.raises(FileNotFoundError, match=re.escape(str(path))) as caught:
-        ldm.LPIPS(ldm.LPIPS_WEIGHTS)
-    message = str(caught.value)
-    assert "Delete" in message
-    assert "weights_only" not in message
-    assert "\n" not in message
-    assert not Path("trap").exists()
-
-def test_vgg16_without_internet_is_one_line_of_the_command(monkeypatch, faces):
-    """An error of the download, with its own lines and advice, is one sentence with a way out."""
+@each("kind", ["missing", "other", "cut", "page", "empty", "code"])
+@each("name", ["w.pth", "hub/checkpoints/vgg16-397923af.pth"])
+def test_missing_and_wrong_weights_of_lpips_are_named(monkeypatch, name, kind):
+    """A sentence without torch's lines and advice names the file, here or in torch.hub's folder."""
     def offline(*args, **kwargs):
         raise OSError("no route\nto host, see weights_only")
-
-    monkeypatch.setattr(models.VGG16_Weights, "get_state_dict", offline)
-    given = TINY["ae"] | dict(data=faces, out="new", perceptual_weight=1.0)
-    with refused("vgg16.* --perceptual-weight 0"):
-        command("train-ae", *words(given))
-    assert not Path("new").exists()
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.delattr(models.VGG16_Weights, "get_state_dict")  # the real one again
+    monkeypatch.setenv("TORCH_HOME", os.getcwd())
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    if kind != "missing":
+        Path(name).write_bytes(wrong_files(ldm.LPIPS_WEIGHTS.read_bytes())[kind])
+    with pytest.raises(FileNotFoundError, match=name) as caught:
+        ldm.LPIPS(name if name == "w.pth" else ldm.LPIPS_WEIGHTS)
+    message = str(caught.value)
+    assert "Delete" in message and "weights_only" not in message and "\n" not in message
+    assert not Path("trap").exists()
 
 # ---- 4. PatchGAN --------------------------------------------------------------------------------
-def minus_log_sigmoid(score):
-    """-log(sigmoid(score)) from its definition."""
-    return math.log(1 + math.exp(-score))
-
 @each("kind, g, d", [
-    ("bce", (minus_log_sigmoid(0.25) + minus_log_sigmoid(3)) / 2,
-     sum(map(minus_log_sigmoid, (0.5, -2, -0.25, -3))) / 4),
+    ("bce", sum(math.log(1 + math.exp(-s)) for s in (0.25, 3)) / 2,  # -log(sigmoid(s))
+     sum(math.log(1 + math.exp(-s)) for s in (0.5, -2, -0.25, -3)) / 4),
     ("lsgan", (0.75 ** 2 + 2 ** 2) / 2, (0.5 ** 2 + 3 ** 2 + 0.25 ** 2 + 3 ** 2) / 4),
     ("hinge", -(0.25 + 3) / 2, (0.5 + 3 + 1.25 + 4) / 4)])
 def test_gan_losses_equal_their_formulas(kind, g, d):
@@ -535,14 +394,6 @@ def test_gan_losses_equal_their_formulas(kind, g, d):
     real, fake = torch.tensor([0.5, -2.0]), torch.tensor([0.25, 3.0])
     assert float(ldm.generator_loss(kind, fake)) == pytest.approx(g, rel=1e-5)
     assert float(ldm.discriminator_loss(kind, real, fake)) == pytest.approx(d, rel=1e-5)
-
-def test_unknown_kind_of_gan_is_refused():
-    """Both losses raise a KeyError for a kind that does not exist."""
-    score = torch.zeros(2)
-    with pytest.raises(KeyError, match="wgan"):
-        ldm.generator_loss("wgan", score)
-    with pytest.raises(KeyError, match="wgan"):
-        ldm.discriminator_loss("wgan", score, score)
 
 @each("channels", [1, 3])
 def test_discriminator_has_the_layers_and_patches_of_its_comments(channels):
@@ -552,10 +403,10 @@ def test_discriminator_has_the_layers_and_patches_of_its_comments(channels):
     assert kinds == ["Conv2d", "LeakyReLU", *2 * ["Conv2d", "BatchNorm2d", "LeakyReLU"], "Conv2d"]
     x = torch.randn(1, channels, 96, 64, requires_grad=True)
     scores = shaken(disc).eval()(x)  # eval: BatchNorm mixes the patches of a batch
-    assert scores.shape == (1, 1, 13, 9)
     scores[0, 0, 6, 4].backward()
     seen = x.grad[0].abs().sum(0) > 0
     assert [int(seen.any(dim).sum()) for dim in (0, 1)] == [46, 46]
+    assert scores.shape == (1, 1, 13, 9)
     assert disc(torch.zeros(2, channels, 16, 16)).shape == (2, 1, 3, 3)
 
 # ---- 5. Noise scheduler -------------------------------------------------------------------------
@@ -565,15 +416,19 @@ def alpha_sigma(t):
     abar = float((1 - beta[:t + 1]).prod())
     return abar ** 0.5, (1 - abar) ** 0.5
 
-def test_alpha_and_sigma_are_the_schedule_and_end_with_clean():
-    """Both lists have a number for each of T steps and a last one, index -1, without noise."""
+def test_alpha_and_sigma_are_the_schedule_and_timesteps_lead_to_clean():
+    """T steps end with index -1, clean; fewer are evenly spaced, each from the end of the last."""
     s = ldm.NoiseScheduler()
     assert len(s.alpha) == len(s.sigma) == s.T + 1 == 1001
-    assert (s.alpha[-1], s.sigma[-1]) == (1, 0)
-    for t in (0, 1, 500, 999):
+    for t in (0, 1, 500, 999, -1):
         assert (s.alpha[t], s.sigma[t]) == pytest.approx(alpha_sigma(t), rel=1e-6)
     assert sorted(s.alpha[:-1], reverse=True) == s.alpha[:-1]
     assert not s.state_dict()  # the table on the device is made anew
+    for steps in (1, 2, 7, 20, 1000):
+        starts, ends = zip(*s.timesteps(steps))
+        assert (len(starts), starts[0], ends[-1]) == (steps, 999, -1) and starts[1:] == ends[:-1]
+        gaps = [t - t_next for t, t_next in zip(starts, ends)]
+        assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
 
 @each("target", ["eps", "v"])
 def test_prediction_target_inverts_to_z0_and_eps(target):
@@ -589,49 +444,23 @@ def test_prediction_target_inverts_to_z0_and_eps(target):
         close(answer[i], eps[i] if target == "eps" else v, atol=1e-4, rtol=0)
         close(s.z0_and_eps(answer[i], z_t[i], t), (z0[i], eps[i]), atol=1e-3, rtol=0)
 
-def test_unknown_target_is_refused():
-    """A scheduler with a target that does not exist names those that do."""
-    with pytest.raises(ValueError, match="x0.*eps.*v"):
-        ldm.NoiseScheduler(target="x0")
-
-@each("steps", [1, 2, 7, 20, 1000])
-def test_timesteps_run_from_the_noisiest_to_clean(steps):
-    """The steps are evenly spaced, each starts where the last one ended, and the end is -1."""
-    starts, ends = zip(*ldm.NoiseScheduler().timesteps(steps))
-    assert len(starts) == steps
-    assert (starts[0], ends[-1]) == (999, -1)
-    assert starts[1:] == ends[:-1]
-    gaps = [t - t_next for t, t_next in zip(starts, ends)]
-    assert min(gaps) >= 1
-    assert max(gaps) - min(gaps) <= 1
-
-@each("T, steps", [(1000, 0), (1000, -1), (1000, 1001), (50, 51)])
-def test_impossible_numbers_of_steps_are_refused(T, steps):
-    """No step, or more steps than the schedule has, is a ValueError that says how many it has."""
-    with pytest.raises(ValueError, match=f"{steps} .*1 to {T}"):
-        ldm.NoiseScheduler(T).timesteps(steps)
-
-@each("t, t_next", [(999, 998), (500, 499), (1, 0), (999, 900), (400, 20)])
-def test_ddpm_step_draws_from_the_textbook_posterior(t, t_next):
-    """Mean and variance of q(z_next | z_t, z0) are those of Bayes' rule, for neighbours Eq. 7."""
-    s, (z0, z_t, noise) = ldm.NoiseScheduler(), torch.randn(3, 1, 1, 4, 4).double()
-    abar, abar_next = alpha_sigma(t)[0] ** 2, alpha_sigma(t_next)[0] ** 2
-    a = abar / abar_next
-    precision = a / (1 - a) + 1 / (1 - abar_next)  # of likelihood and prior
-    mean = (a ** 0.5 / (1 - a) * z_t + abar_next ** 0.5 / (1 - abar_next) * z0) / precision
-    close(s.ddpm_step(z0, z_t, t, t_next, noise), mean + noise * precision ** -0.5)
-
-def test_dpm_step_equals_the_published_formula():
-    """Steps are DPM-Solver++(2M) in the paper's letters; the first and last one are DDIM's."""
-    s, (z0, z_t, z0_before) = ldm.NoiseScheduler(), torch.randn(3, 1, 1, 4, 4).double()
+def test_ddpm_and_dpm_steps_equal_the_published_formulas():
+    """DDPM draws by Bayes' rule (neighbours: Eq. 7); DPM-Solver++(2M) starts, ends as DDIM."""
+    s, (z0, z_t, other) = ldm.NoiseScheduler(), torch.randn(3, 1, 1, 4, 4).double()
+    for t, t_next in ((999, 998), (500, 499), (1, 0), (999, 900), (400, 20)):
+        abar, abar_next = alpha_sigma(t)[0] ** 2, alpha_sigma(t_next)[0] ** 2
+        a = abar / abar_next
+        precision = a / (1 - a) + 1 / (1 - abar_next)  # of likelihood and prior
+        mean = (a ** 0.5 / (1 - a) * z_t + abar_next ** 0.5 / (1 - abar_next) * z0) / precision
+        close(s.ddpm_step(z0, z_t, t, t_next, other), mean + other * precision ** -0.5)
     (alpha_b, sigma_b), (alpha, sigma), (alpha_t, sigma_t) = map(alpha_sigma, (950, 900, 800))
     h = math.log(alpha_t / sigma_t) - math.log(alpha / sigma)
     r = (math.log(alpha / sigma) - math.log(alpha_b / sigma_b)) / h
-    second = (1 + 1 / (2 * r)) * z0 - 1 / (2 * r) * z0_before
-    for previous, D in (((950, z0_before), second), (None, z0)):
+    second = (1 + 1 / (2 * r)) * z0 - 1 / (2 * r) * other
+    for previous, D in (((950, other), second), (None, z0)):
         expected = sigma_t / sigma * z_t - alpha_t * (math.exp(-h) - 1) * D
         close(s.dpm_step(z0, z_t, 900, 800, previous), expected)
-    close(s.dpm_step(z0, z_t, 30, -1, (60, z0_before)), z0)
+    close(s.dpm_step(z0, z_t, 30, -1, (60, other)), z0)
 
 # ---- 6. UNet ------------------------------------------------------------------------------------
 def test_sinusoids_tell_all_steps_apart():
@@ -648,8 +477,7 @@ def test_unet_knows_the_step_and_each_latent_alone(channels, widths, downs, laye
     assert unet(z, torch.tensor([0, 5, 999])).std((0, 2, 3)).max() < 1e-6
     shaken(unet)
     early, late = (unet(z, torch.full((3,), t)) for t in (5, 800))
-    assert early.shape == z.shape
-    assert (early - late).abs().mean() > 1e-3
+    assert early.shape == z.shape and (early - late).abs().mean() > 1e-3
     mixed = unet(z, torch.tensor([5, 800, 800]))
     close(mixed, torch.cat([early[:1], late[1:]]), atol=1e-5, rtol=1e-4)
 
@@ -670,18 +498,18 @@ def test_unet_halves_latents_to_four_if_it_can(side, smallest, monkeypatch):
     """The UNet of build_ldm halves an even side as long as four or more are left."""
     seen = spy(monkeypatch, ldm.MidBlock, "forward")
     ae_cfg = ldm.AEConfig(size=2 * side, widths=(8, 8), z_channels=1)
-    model = ldm.build_ldm(ldm.LDMConfig(widths=(8,) * 5, layers=1, target="eps"), echo(), ae_cfg)
+    model = ldm.build_ldm(ldm.LDMConfig(widths=(8,) * 5, layers=1, target="eps"), None, ae_cfg)
     model.ema_unet(torch.zeros(1, *model.z_shape), torch.tensor([3]))
     assert seen[0][1].shape[2:] == (smallest, smallest)
-    assert model.z_shape == (1, side, side)
-    assert model.scheduler.target == "eps"
+    assert model.z_shape == (1, side, side) and model.scheduler.target == "eps"
 
 # ---- 7. Latent diffusion ------------------------------------------------------------------------
 def toy_ldm(side, target="v", answer=None, scale=1.0, D=1):
     """A LatentDiffusion of latents (D, side, side); its images are latents times scale."""
+    ae = nn.Identity()
+    ae.decode = ae.forward
     unet = ldm.UNet(D, (16, 16), downs=int(side % 2 == 0), layers=1)
-    scheduler = ldm.NoiseScheduler(target=target)
-    model = ldm.LatentDiffusion(echo(), unet, scheduler, (D, side, side))
+    model = ldm.LatentDiffusion(ae, unet, ldm.NoiseScheduler(target=target), (D, side, side))
     for net in (model.ema_unet, model.early_unet):
         shaken(net).forward = answer or net.forward
     model.std.fill_(scale)
@@ -714,87 +542,67 @@ def test_samplers_reproduce_mean_and_deviation_of_gaussian_data(sampler, steps, 
     assert float(x.mean()) == pytest.approx(0.3, abs=0.05)
     assert float(x.std()) == pytest.approx(std, rel=0.03)
 
-def test_dpm_is_closer_to_the_exact_solution_than_ddim():
-    """For Gaussian data, where the ODE's solution is known, second order beats first order."""
-    mean, std, trace, error = 0.1, 2.0, [], {}
-    model = toy_ldm(16, "eps", oracle("eps", mean, std), 0.01)
-    model.sample(1, 7, steps=1, trace=trace)
-    alpha, sigma = alpha_sigma(999)
-    z_T = trace[0][0]
-    exact = mean + std * (z_T - alpha * mean) / (alpha ** 2 * std ** 2 + sigma ** 2) ** 0.5
-    for sampler in ("ddim", "dpm"):
-        error[sampler] = float((100 * model.sample(1, 7, sampler, 15) - exact).abs().mean())
-    assert error["dpm"] < error["ddim"] / 3, error
-
-def test_autoguidance_moves_away_from_the_early_unet():
+@each("sampler", ["ddpm", "ddim", "dpm"])
+def test_autoguidance_moves_away_from_the_early_unet_that_nothing_else_asks(monkeypatch, sampler):
     """Images lie beyond those of a UNet that knows 0.3, away from its young self's, of 0.1."""
     model = toy_ldm(4, answer=oracle("v", 0.3, 0.0))
-    model.early_unet.forward = oracle("v", 0.1, 0.0)
-    images = [model.sample(1, 0, steps=4)]
-    for strength in (0.0, 1.0, 1.5):
-        images.append(model.sample(1, 0, steps=4, autoguidance=strength))
-    close(torch.cat(images).mean((1, 2, 3)), torch.tensor([0.4, 0.1, 0.3, 0.4]), atol=1e-4, rtol=0)
-
-@each("sampler", ["ddpm", "ddim", "dpm"])
-def test_early_unet_is_asked_only_for_autoguidance(monkeypatch, sampler):
-    """Each step asks the averaged UNet once, and the early one too unless autoguidance is 1."""
-    model = toy_ldm(4)
-    average = spy(monkeypatch, model.ema_unet, "forward")
-    early = spy(monkeypatch, model.early_unet, "forward")
-    for strength, asked in ((1, 0), (1.0, 0), (1.5, 3), (0.0, 3)):
-        average.clear()
-        early.clear()
-        model.sample(2, 0, sampler, 3, autoguidance=strength)
-        assert (len(average), len(early)) == (3, asked)
-
-def test_denoise_gives_the_clean_latent_and_the_noise():
-    """The two estimates of an oracle are the true ones, for any latent in the batch."""
     z0, eps = torch.full((3, 1, 4, 4), 0.3), torch.randn(3, 1, 4, 4)
-    model = toy_ldm(4, answer=oracle("v", 0.3, 0.0))
     z_t = model.scheduler.add_noise(z0, eps, torch.full((3,), 400))
-    close(model.denoise(z_t, 400), (z0, eps), atol=1e-4, rtol=0)
+    close(model.denoise(z_t, 400), (z0, eps), atol=1e-4, rtol=0)  # for any latent in the batch
+    model.early_unet.forward = oracle("v", 0.1, 0.0)
+    calls = [spy(monkeypatch, net, "forward") for net in (model.ema_unet, model.early_unet)]
+    for given, value, asked in (([], 0.4, 3), ([0.0], 0.1, 6), ([1], 0.3, 6), ([1.5], 0.4, 9)):
+        images = model.sample(1, 0, sampler, 3, 64, None, *given)
+        close(images, torch.full((1, 1, 4, 4), value), atol=1e-4, rtol=0)
+        assert len(calls[1]) == asked
+    assert len(calls[0]) == 4 * 3
 
 def test_latents_are_normalised_and_taken_back_before_decoding():
-    """z0 has mean 0 and deviation 1 per channel, a flat one is no trap, and decode clamps."""
-    model = toy_ldm(8, D=3)
+    """z0 has mean 0 and deviation 1 per channel, also of half precision or flat, decode clamps."""
+    model, other = toy_ldm(8, D=3), toy_ldm(8, D=3)
     z = torch.randn(50, 3, 8, 8) * torch.tensor([0.1, 0.02, 0])[:, None, None] + 0.3
-    model.measure(z)
-    z0 = model.normalise(z)
+    model.measure(z.half())
+    z0 = model.normalise(z.half())
     std, mean = torch.std_mean(z0[:, :2], (0, 2, 3))
-    assert mean.abs().max() < 1e-4
-    assert (std - 1).abs().max() < 1e-4
-    assert z0.isfinite().all()
-    close(model.decode(z0), z)
+    assert mean.abs().max() < 1e-4 and (std - 1).abs().max() < 1e-4 and z0.isfinite().all()
+    close(model.decode(z0), z.half().float())
     assert model.decode(z0 + 1e3).max() == 1
-
-def test_measured_latents_are_kept_in_the_state_dict():
-    """What a model has measured is there again after load_state_dict, with all three networks."""
-    model, other = toy_ldm(4, D=2), toy_ldm(4, D=2)
-    model.measure(3 * torch.randn(9, 2, 4, 4).half() + 2)
-    other.load_state_dict(model.state_dict())
+    other.load_state_dict(model.state_dict())  # holds what was measured, and three networks
     assert torch.equal(other.sample(2, steps=2), model.sample(2, steps=2))
     close([other.mean, other.std], [model.mean, model.std], rtol=0, atol=0)
     assert model.mean.dtype == torch.float32
 
 @each("sampler", ["ddpm", "ddim", "dpm"])
-def test_sampled_image_does_not_depend_on_n_or_batch(sampler):
-    """Image i is the same in any company; another seed or index is another image."""
-    model = toy_ldm(8, scale=0.1)
+def test_sampled_image_does_not_depend_on_n_or_batch_and_hardly_on_precision(sampler):
+    """Image i is the same in any company, autocast only in the UNet; other seeds are others."""
+    def asked(z_t, t):
+        seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return forward(z_t, t)
+    model, seen = toy_ldm(8, scale=0.1), []
     x = model.sample(5, 3, sampler, 4, batch=2)
-    assert x.shape == (5, 1, 8, 8)
-    assert not x.requires_grad
+    assert x.shape == (5, 1, 8, 8) and not x.requires_grad
     close(x[:3], model.sample(3, 3, sampler, 4), atol=1e-4, rtol=0)
     images = torch.cat([x, model.sample(2, 4, sampler, 4)]).flatten(1)
     assert (torch.cdist(images, images) + torch.eye(7)).min() > 0.1
+    forward, model.ema_unet.forward = model.ema_unet.forward, asked
+    half, full = (model.sample(2, steps=2, dtype=dtype) for dtype in (torch.bfloat16, None))
+    assert seen == [torch.bfloat16, torch.bfloat16, False, False]
+    assert half.dtype == full.dtype == torch.float32
+    close(half, full, atol=0.05, rtol=0)
 
-def test_trace_holds_each_step_of_the_first_four_images():
-    """Each entry is z_t and the estimate of z0, and DDIM's formula leads from one to the next."""
-    model, trace = toy_ldm(4, scale=0.1), []
+def test_trace_and_progress_are_told_of_each_step():
+    """An entry is z_t and z0 of four images, DDIM leads to the next one, and images stay."""
+    def progress(items, label):
+        seen.append((label.split()[0], len(items)))
+        yield from items
+    model, trace, seen = toy_ldm(4, scale=0.1), [], []
     images = model.sample(12, 0, "ddim", 5, batch=5, trace=trace)
+    for told in (progress, ldm.progress):
+        assert torch.equal(images, model.sample(12, 0, "ddim", 5, batch=5, progress=told))
+    assert seen == [("sampling,", 3), *[("denoising,", 5)] * 3]
     assert [(len(z_t), len(z0)) for z_t, z0 in trace] == [(4, 4)] * 5
-    first = torch.stack([torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(i))
-                         for i in range(4)])
-    close(trace[0][0], first, rtol=0, atol=0)
+    first = [torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    close(trace[0][0], torch.stack(first), rtol=0, atol=0)
     steps = model.scheduler.timesteps(5)
     for (t, t_next), (z_t, z0), (z_next, _) in zip(steps, trace, trace[1:]):
         (alpha, sigma), (alpha_next, sigma_next) = alpha_sigma(t), alpha_sigma(t_next)
@@ -802,61 +610,23 @@ def test_trace_holds_each_step_of_the_first_four_images():
         close(z_next, alpha_next * z0 + sigma_next * eps, atol=1e-3, rtol=1e-3)
     close(model.decode(trace[-1][1]), images[:4])
 
-def test_progress_is_told_of_batches_and_steps():
-    """A batch is announced once and then its steps, and the images are those without it."""
-    def progress(items, label):
-        seen.append((label.split()[0], len(items)))
-        yield from items
-
-    model, seen = toy_ldm(4), []
-    images = model.sample(5, steps=3, batch=2, progress=progress)
-    assert seen == [("sampling,", 3), *[("denoising,", 3)] * 3]
-    assert torch.equal(images, model.sample(5, steps=3, batch=2))
-    assert torch.equal(images, model.sample(5, steps=3, batch=2, progress=ldm.progress))
-
-def test_sampling_in_half_precision_is_autocast_and_nearly_the_same():
-    """The dtype is that of autocast inside the UNet, and no dtype is plain float32."""
-    def asked(z_t, t):
-        seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
-        return forward(z_t, t)
-
-    model, seen = toy_ldm(8, scale=0.1), []
-    forward, model.ema_unet.forward = model.ema_unet.forward, asked
-    half, full = (model.sample(2, steps=2, dtype=dtype) for dtype in (torch.bfloat16, None))
-    assert seen == [torch.bfloat16, torch.bfloat16, False, False]
-    assert half.dtype == full.dtype == torch.float32
-    close(half, full, atol=0.05, rtol=0)
-
-@each("settings, word", [(dict(sampler="DDIM"), "DDIM.*ddpm.*ddim.*dpm"),
-                         (dict(steps=0), "0 .*1 to 1000"), (dict(steps=1001), "1001 .*1 to 1000")])
-def test_impossible_wishes_are_refused(settings, word):
-    """A sampler or a number of steps that does not exist is a ValueError with those that do."""
+@each("wishes, word", [
+    (dict(sampler="DDIM"), "DDIM.*ddpm.*ddim.*dpm"), (dict(steps=0), "0 .*1 to 1000"),
+    (dict(steps=-1), "-1 .*1 to 1000"), (dict(steps=1001), "1001 .*1 to 1000")], ids=str)
+def test_impossible_wishes_are_refused(wishes, word):
+    """A sampler, number of steps, target or GAN loss that does not exist is a short error."""
     with pytest.raises(ValueError, match=word):
-        toy_ldm(4).sample(1, **settings)
-
-@each("settings", [dict(sampler="DDIM"), dict(steps=1001)], ids=["sampler", "steps"])
-def test_latent_diffusion_refuses_these_also_outside_the_file(settings):
-    """The errors need nothing of the later sections, such as UserError."""
-    texts = sections()
-    names = {}
-    exec(texts[0] + texts[1] + texts[5] + texts[6] + texts[7], names)
-    unet, scheduler = names["UNet"](1, (8, 8), 1, 1), names["NoiseScheduler"]()
-    model = names["LatentDiffusion"](echo(), unet, scheduler, (1, 4, 4))
-    with pytest.raises(ValueError, match=re.escape(str(*settings.values()))):
-        model.sample(1, **settings)
-
-def test_lpips_explains_missing_files_also_outside_the_file(vgg):
-    """The error needs nothing of the other sections, and names the file that is missing."""
-    names = {}
-    exec(sections()[0] + sections()[3], names)
-    with pytest.raises(FileNotFoundError, match="missing.pth"):
-        names["LPIPS"]("missing.pth", vgg)
+        toy_ldm(4).sample(1, **wishes)
+    with pytest.raises(ValueError, match="51 .*1 to 50"):
+        ldm.NoiseScheduler(50).timesteps(51)
+    with pytest.raises(ValueError, match="x0.*eps.*v"):
+        ldm.NoiseScheduler(target="x0")
+    scores = [torch.zeros(2)]
+    for loss, count in ((ldm.generator_loss, 1), (ldm.discriminator_loss, 2)):
+        with pytest.raises(KeyError, match="wgan"):
+            loss("wgan", *scores * count)
 
 # ---- 8. Settings, learning rate -----------------------------------------------------------------
-def flags(cls):
-    """The fields of a dataclass that are on the command line."""
-    return [f for f in fields(cls) if f.metadata]
-
 def wrong_values(f):
     """Values that setting f must refuse."""
     low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
@@ -866,17 +636,16 @@ def wrong_values(f):
         return ["L1", "DDIM", "x0", "CPU", "no", "", 2, 1.5, None]
     if f.type is str:
         return [""]
-    whole = [1.5, True] if f.type is int else []
-    none = [] if f.default is None else [None]
-    return [low - 1, low / 2 - 1e-9, 10 * high, "7", math.nan, math.inf, *whole, *none]
+    return [low - 1, low / 2 - 1e-9, 10 * high, "7", math.nan, math.inf,
+            *[1.5, True] * (f.type is int), *[None] * (f.default is not None)]
 
 def test_settings_are_default_then_preset_then_given():
     """What the user gives wins over the data set's preset, which wins over the default."""
     cfg = ldm.resolve(ldm.AEConfig, dict(data="mnist", widths=[8, 8]))
     assert (cfg.widths, cfg.size, cfg.gan) == ((8, 8), 28, "hinge")
-    mnist, toy = (ldm.resolve(ldm.AEConfig, dict(data=d)) for d in ("mnist", "toyfaces"))
-    assert mnist.perceptual_weight == toy.perceptual_weight == 0  # without a download
-    assert not mnist.flip and not ldm.resolve(ldm.LDMConfig, dict(data="mnist")).flip
+    toy = ldm.resolve(ldm.AEConfig, dict(data="toyfaces"))
+    assert cfg.perceptual_weight == toy.perceptual_weight == 0  # without a download
+    assert not cfg.flip and not ldm.resolve(ldm.LDMConfig, dict(data="mnist")).flip
     assert ldm.resolve(ldm.AEConfig, dict(data="/a/photos/x/..")).out == str(Path("runs", "photos"))
     for amp, dtype in (("auto", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         assert ldm.pick_device(ldm.RunConfig(amp=amp)) == (CPU, dtype)  # auto: there is no GPU
@@ -884,15 +653,15 @@ def test_settings_are_default_then_preset_then_given():
 @each("cls", [ldm.AEConfig, ldm.LDMConfig, ldm.SampleConfig, ldm.RunConfig])
 def test_every_setting_takes_right_values_and_refuses_wrong_ones(cls):
     """A wrong type or choice, or a number out of range or not finite, is refused by its flag."""
-    wrong = [{f.name: value} for f in flags(cls) for value in wrong_values(f)]
+    flags = [f for f in fields(cls) if f.metadata]
+    wrong = [{f.name: value} for f in flags for value in wrong_values(f)]
     if cls is ldm.AEConfig:  # --widths halves the image, which may not be tiny
         wrong += [dict(out=__file__), dict(out="a/", data="a"), dict(size=8, widths=(8, 8))]
     for given in wrong:
         with refused(f"--{next(iter(given)).replace('_', '-')} "):
             print("taken:", given, ldm.resolve(cls, given))
-    for f in flags(cls):
-        for value in f.metadata["choices"] or []:
-            assert getattr(ldm.resolve(cls, {f.name: value}), f.name) == value
+    for name, value in [(f.name, value) for f in flags for value in f.metadata["choices"] or []]:
+        assert getattr(ldm.resolve(cls, {name: value}), name) == value
 
 def test_paths_and_numbers_of_any_kind_train_and_load(faces, monkeypatch):
     """The ~ of --data=~/x is expanded; Path, numpy and lists become what a checkpoint can hold."""
@@ -901,8 +670,8 @@ def test_paths_and_numbers_of_any_kind_train_and_load(faces, monkeypatch):
     given = dict(data=Path("~/in"), out=Path("~/new"), data_root="~", size=np.int32(16),
                  widths=[np.int64(8), 16], lr=np.float32(2e-3), flip=np.bool_(False), gan_weight=0)
     cfg = ldm.resolve(ldm.AEConfig, TINY["ae"] | given | dict(ae=np.str_("kl")))
-    values = [*vars(cfg).values(), *cfg.widths]
-    assert {type(value) for value in values} == {str, int, float, bool, tuple, type(None)}
+    types = {type(value) for value in (*vars(cfg).values(), *cfg.widths)}
+    assert types == {str, int, float, bool, tuple, type(None)}
     assert [cfg.data, cfg.out, cfg.data_root] == list(map(os.path.abspath, ("in", "new", ".")))
     ldm.train_ae(cfg)
     command("train-ldm", "--data=~/in", "--out=~/new", *words(TINY["ldm"]))
@@ -916,11 +685,11 @@ def test_learning_rate_rises_stays_and_falls_to_nothing(steps):
     rates = [ldm.learning_rate(ldm.AEConfig(steps=steps, lr=2.0), s) for s in range(1, steps + 1)]
     top = [i for i, rate in enumerate(rates) if rate == 2]
     assert rates == sorted(rates[:top[0]]) + [2.0] * len(top) + sorted(rates[top[-1] + 1:])[::-1]
-    assert all(0 < rate <= 2 for rate in rates)
+    assert min(rates) > 0 and max(rates) <= 2
     if steps > 1000:
         assert top[0] < 500 and 0.4 < len(top) / steps < 0.6 and max(rates[::steps - 1]) < 0.02
 
-def test_gradients_are_unscaled_then_clipped_and_an_overflow_costs_a_step():
+def test_gradients_are_unscaled_then_clipped_and_the_average_of_weights_warms_up():
     """With fp16's factor of 1024, norm 0.5 moves a weight by 0.5 lr, norm 100 by lr, inf not."""
     net, scaler = nn.PReLU(), torch.amp.GradScaler("cpu", init_scale=1024.0)  # of one weight
     optimiser = torch.optim.SGD(net.parameters(), lr=9.0)
@@ -931,40 +700,34 @@ def test_gradients_are_unscaled_then_clipped_and_an_overflow_costs_a_step():
         scaler.update()
         assert before - net.weight.item() == pytest.approx(moved, abs=1e-6)
         assert net.weight.grad is None
-
-def test_ema_warms_up_then_keeps_its_limit():
-    """The average keeps a tenth of itself at first, later 0.995, and never moves the model."""
     for step, decay in ((0, 0.1), (90, 0.91), (10 ** 6, 0.995)):
         ema, model = nn.PReLU(init=1.0), nn.PReLU(init=0.0)
         ldm.update_ema(ema, model, step)
         assert ema.weight.item() == pytest.approx(decay) and model.weight.item() == 0
 
 # ---- 9. Stage 1, and what both stages share -----------------------------------------------------
-@each("stage, term, settings", [
-    ("ae", "recon", {}), ("ae", "recon", dict(ae="kl", amp="bf16")),
-    ("ae", "recon", dict(channels=1, amp="fp16", steps=40)),
-    ("ldm", "loss", dict(amp="fp16")), ("ldm", "loss", dict(target="eps"))], ids=str)
-def test_both_stages_learn(train, stage, term, settings):
+@each("stage, net, term, settings", [
+    ("ae", "ae", "recon", {}), ("ae", "ae", "recon", dict(ae="kl", amp="bf16")),
+    ("ae", "ae", "recon", dict(channels=1, amp="fp16", steps=40)),
+    ("ldm", "unet", "loss", dict(target="eps")), ("ldm", "unet", "loss", dict(amp="fp16"))])
+def test_both_stages_learn(train, stage, net, term, settings):
     """The loss falls within 60 steps, and half precision does not get into the weights."""
     ckpt = train(stage, log_every=20, **dict(steps=60) | settings)
     assert ckpt["log"][-1][term] < 0.85 * ckpt["log"][0][term]
-    net = ckpt["parts"][{"ae": "ae", "ldm": "unet"}[stage]]
-    assert all(w.dtype == torch.float32 for w in net.values())
+    assert all(w.dtype == torch.float32 for w in ckpt["parts"][net].values())
 
-@each("data, flip", [("faces", True), ("faces", False), ("toyfaces", True)])
-def test_stage_1_sees_the_training_images_and_no_others(train, monkeypatch, data, flip, faces):
+@each("settings", [dict(flip=True), dict(flip=False), dict(flip=True, data="toyfaces")], ids=str)
+def test_stage_1_sees_the_training_images_and_no_others(train, monkeypatch, settings):
     """No held-out image is seen, all others are; with --flip each is mirrored on its own."""
-    if data == "toyfaces":
-        monkeypatch.setattr(ldm, "toyfaces", always(ldm.toyfaces(range(1000), 16)))
+    monkeypatch.setattr(ldm, "toyfaces", always(ldm.toyfaces(range(1000), 16)))
     seen = spy(monkeypatch, ldm.VQVAE, "forward")
-    data = {"faces": str(faces)}.get(data, data)
-    cfg = ldm.AEConfig(**train("ae", steps=10, batch=100, flip=flip, data=data)["config"])
+    cfg = ldm.AEConfig(**train("ae", steps=10, batch=100, **settings)["config"])
     images, held = [ldm.to_float(part, CPU) for part in ldm.load_images(cfg)[:2]]
     batches, upright = [keys(x) for _, x in seen], keys(images)
-    got, allowed = set().union(*batches), upright | (keys(images.flip(3)) if flip else set())
+    got, allowed = set().union(*batches), upright | (keys(images.flip(3)) if cfg.flip else set())
     assert got <= allowed and not got & keys(held)
-    assert got == allowed or data == "toyfaces"
-    assert not flip or all(0 < len(batch & upright) < len(batch) for batch in batches)
+    assert got == allowed or cfg.data == "toyfaces"
+    assert not cfg.flip or all(0 < len(batch & upright) < len(batch) for batch in batches)
 
 @each("stage, owner, name", [("ae", ldm.VQVAE, "forward"),
                              ("ldm", ldm.NoiseScheduler, "add_noise")])
@@ -984,15 +747,15 @@ def test_held_psnr_is_that_of_the_checkpoint_on_held_out_images(train):
     ckpt = train("ae", steps=30, log_every=30)
     ae, cfg = ldm.load_autoencoder(Path("new/ae.pt"), CPU)
     x = ldm.to_float(ldm.load_images(cfg)[1], CPU)
-    mse = (ae.decode(ae.encode(x)).clamp(-1, 1) - x).square().mean((1, 2, 3))
-    assert abs(ckpt["log"][-1]["held_psnr"] - float(10 * (4 / mse).log10().mean())) < 1e-3
     z, picture = ae.encode(x), pixels("new/pictures/ae-000030.png")
+    mse = (ae.decode(z).clamp(-1, 1) - x).square().mean((1, 2, 3))
+    assert abs(ckpt["log"][-1]["held_psnr"] - float(10 * (4 / mse).log10().mean())) < 1e-3
     rows = torch.cat([x, ae.decode(z), ldm.latent_picture(z, x)])
     assert np.abs(picture - np.asarray(ldm.image_grid(rows, 4))).max() <= 1
     assert abs(ckpt["log"][-1]["z_std"] - z.std()) < 1e-3 and not z.requires_grad
-    assert ldm.psnr(x, x).isfinite().all()
     picture = picture[2:98:6, 2:98:6]  # 16 pixels, times 6
     assert np.abs(picture - (x[0].permute(1, 2, 0).numpy() + 1) * 127.5).max() <= 0.5
+    assert ldm.psnr(x, x).isfinite().all()
 
 @pytest.fixture
 def no_chance(monkeypatch):
@@ -1021,8 +784,6 @@ def test_each_weight_scales_its_gradient(train, no_chance, monkeypatch, kind, te
     assert 1e-6 < (one - none).norm() < 100
     assert (ten - none - times * (one - none)).norm() < 1e-2 * (ten - none).norm()
 
-GAN = dict(ae="kl", gan_weight=500.0)
-
 @each("stage, optimisers, settings", [("ae", ["opt", "opt_d"], GAN | dict(disc_start=0)),
                                       ("ldm", ["opt"], {})])
 def test_accumulated_gradients_are_averaged(train, no_chance, stage, optimisers, settings):
@@ -1033,18 +794,15 @@ def test_accumulated_gradients_are_averaged(train, no_chance, stage, optimisers,
     close(once, thrice, atol=1e-6, rtol=1e-3)
 
 @each("recon, value", [("l1", 0.3), ("l2", 0.09)])
-def test_reconstruction_loss_is_the_mean_error(train, monkeypatch, recon, value):
-    """For images that are 0.3 too bright, l1 is 0.3 and l2 its square."""
+def test_reconstruction_loss_is_the_mean_error_and_codes_restart(train, monkeypatch, recon, value):
+    """Of images 0.3 too bright l1 is 0.3, l2 its square; restarts are once per hundred steps."""
     def forward(self, x):
         return x + 0.3 + 0 * self.decoder[0].bias.sum(), {}
+    calls = spy(monkeypatch, ldm.VectorQuantizer, "restart")
     monkeypatch.setattr(ldm.VAE, "forward", forward)
     (row,) = train("ae", ae="kl", recon=recon, steps=1)["log"]
     assert row["recon"] == pytest.approx(value, rel=1e-4)
-
-def test_codes_restart_once_per_hundred_steps(train, monkeypatch):
-    """A second restart in the same step, with --accum, would move codes that are in use."""
-    calls = spy(monkeypatch, ldm.VectorQuantizer, "restart")
-    train("ae", accum=2, batch=1, steps=102, log_every=102)
+    train("ae", "b", accum=2, batch=1, steps=102, log_every=102)  # twice would move used codes
     assert [len(z_e) for _, z_e in calls] == [1, 1]
 
 @each("learner", ["discriminator", "autoencoder"])
@@ -1126,24 +884,21 @@ def test_average_of_the_unet_is_kept_and_is_what_samples(train, monkeypatch):
     assert not any(p.requires_grad for p in model.parameters())
 
 @each("target", ["v", "eps"])
-def test_loaded_model_makes_the_pictures_that_training_made(train, target):
-    """It has the mean and deviation of the latents, the target, the seed, the averaged weights."""
-    train("ldm", target=target, seed=3)
+def test_loaded_model_makes_the_pictures_and_the_held_loss_of_training(train, target):
+    """It has the latents' mean and deviation, the target, the seed, the average, fixed noise."""
+    log = train("ldm", target=target, seed=3, log_every=1)["log"]
     model = ldm.load_ldm("new/ldm.pt", "cpu")
     picture = np.asarray(ldm.image_grid(model.sample(16, 3), 8))
     assert np.abs(pixels("new/pictures/ldm-000004.png") - picture).max() <= 1
-    std, mean = torch.std_mean(latents(model)[0].half().float(), (0, 2, 3), keepdim=True)
+    z, held = latents(model)
+    std, mean = torch.std_mean(z.half().float(), (0, 2, 3), keepdim=True)
     close([model.mean, model.std], [mean, std], rtol=1e-4, atol=1e-5)
-
-def test_held_loss_is_that_of_the_average_on_held_out_images(train):
-    """It has fixed noise and steps, and leaves the random numbers of training as they are."""
-    log, model = train("ldm", log_every=1)["log"], ldm.load_ldm("new/ldm.pt")
-    z0, t = model.normalise(latents(model)[1]), torch.tensor([0, 333, 666, 999])
+    z0, t = model.normalise(held), torch.tensor([0, 333, 666, 999])
     eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0))
     pred = model.ema_unet(model.scheduler.add_noise(z0, eps, t), t)
     loss = (pred - model.scheduler.target_of(z0, eps, t)).square().mean()
     assert log[-1]["held_loss"] == pytest.approx(float(loss), rel=1e-3)
-    before = torch.get_rng_state()
+    before = torch.get_rng_state()  # that of training stays as it is
     ldm.held_out_loss(model, z0, None)
     assert torch.equal(before, torch.get_rng_state())
 
@@ -1232,14 +987,6 @@ def figures(out, **settings):
     cfg = ldm.resolve(ldm.SampleConfig, dict(out=str(out), n=4, steps=3) | settings)
     return {name: float(value) for name, value in ldm.evaluate(cfg).items()}
 
-def vgg_features(vgg, x):
-    """relu5_3 of VGG16 with these weights, averaged over the positions: (N, 512)."""
-    net = models.vgg.make_layers(models.vgg.cfgs["D"], batch_norm=False)
-    net.load_state_dict({name.removeprefix("features."): w for name, w in vgg.items()})
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
-    with torch.no_grad():
-        return net[:30](((x + 1) / 2 - mean) / std).mean((2, 3))
-
 def test_every_figure_of_eval_is_what_its_name_says(out, vgg, capsys):
     """PSNR, LPIPS and Frechet distances to the held-out images equal those made by hand."""
     table = figures(out, seed=5, sampler="ddim")
@@ -1247,11 +994,12 @@ def test_every_figure_of_eval_is_what_its_name_says(out, vgg, capsys):
     model, lpips = ldm.load_ldm(out / "ldm.pt"), ldm.LPIPS(ldm.LPIPS_WEIGHTS, vgg)
     x = ldm.to_float(ldm.load_images(model.ae_cfg)[1], CPU)
     x_rec = model.ae.decode(model.ae.encode(x)).clamp(-1, 1)
-    real, fake = vgg_features(vgg, x), vgg_features(vgg, model.sample(4, 5, "ddim", 3))
+    real, rebuilt, fake = (lpips.features(images)[4].mean((2, 3))  # relu5_3
+                           for images in (x, x_rec, model.sample(4, 5, "ddim", 3)))
     expected = {
         "PSNR": -10 * ((x_rec - x).square().mean((1, 2, 3)) / 4).log10().mean(),
         "LPIPS": lpips(x_rec, x).mean(),
-        "reconstructions": ldm.frechet_distance(vgg_features(vgg, x_rec), real),
+        "reconstructions": ldm.frechet_distance(rebuilt, real),
         "4 samples (ddim, 3 steps)": ldm.frechet_distance(fake, real)}
     assert len(table) == 4 and all(name in printed for name in table)
     for word, value in expected.items():
@@ -1271,36 +1019,29 @@ def test_eval_obeys_its_settings(out, capsys):
     assert "only stage 1" in capsys.readouterr().out
 
 # ---- 12. Data -----------------------------------------------------------------------------------
-def test_toyfaces_are_deterministic_and_all_different():
-    """Face i is the same alone and in another size; backgrounds have the colours of their table."""
+def test_toyfaces_are_all_different_and_pictures_take_back_to_float():
+    """Face i is always one, in the colours of the tables; 256 values come back rounded, not cut."""
     x = ldm.toyfaces(range(100), 16)
     assert x.dtype == torch.uint8 and x.shape == (100, 3, 16, 16) and len(keys(x)) == 100
     assert torch.equal(x[7:9], ldm.toyfaces([7, 8], 16))
     assert (F.avg_pool2d(ldm.toyfaces([5], 32).float(), 2)[0] - x[5]).abs().mean() < 3
     assert {tuple(corner.tolist()) for corner in x[:, :, 0, 0]} == set(ldm.BACK)
-
-def test_to_float_spans_minus_one_to_one_and_pictures_take_it_back():
-    """0 becomes -1, 255 becomes 1; each of the 256 values comes back, rounded and not cut."""
     x = ldm.to_float(torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16), CPU)
     assert x.min() == -1 and x.max() == 1
     for change in (0, -0.3 / 127.5, 0.3 / 127.5):
         picture = np.asarray(ldm.image_grid(x + change, 1))[2:-2, 2:-2, 0]  # without the frame
         assert np.array_equal(picture[::6, ::6].flatten(), np.arange(256)), change
 
-def rgba(size=16):
-    """A picture (size, size, 4) whose colours and transparency vary."""
-    y, x = np.mgrid[:size, :size] * 255 // (size - 1)
-    return np.stack([x, y, 255 - x, (x + y) // 2], axis=2).astype(np.uint8)
-
 def zoo():
     """(name, picture, save options, what the RGB pixels should be), all 16x16."""
-    a, grey = rgba(), rgba()[..., 0]
+    y, x = np.mgrid[:16, :16] * 17
+    a, grey = np.stack([x, y, 255 - x, (x + y) // 2], axis=2).astype(np.uint8), np.uint8(x)
     rgb, three, opaque = a[..., :3], np.repeat(grey[..., None], 3, 2), a[..., 3:] / 255
     cmyk = Image.merge("CMYK", Image.fromarray(a).split())
+    la = Image.merge("LA", Image.fromarray(a).split()[::3])
     palette = Image.fromarray(grey // 64).convert("P")
     palette.putpalette([10, 20, 30, 200, 0, 0, 0, 200, 0, 0, 0, 200])
     table = np.array([[255] * 3, [200, 0, 0], [0, 200, 0], [0, 0, 200]])  # index 0: see-through
-    la = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(a[..., 3])])
     deep = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)[::-1] // 100 * 100
     text = ldm.PngImagePlugin.PngInfo()
     text.add_text("long", "x" * 3 * 2 ** 20, zip=True)
@@ -1323,44 +1064,36 @@ def test_every_kind_of_picture_is_decoded(name, image, options, expected):
     assert np.abs(grey[..., 0].numpy() - expected @ [0.299, 0.587, 0.114]).max() < 1.2
 
 @each("orientation, turn", [(1, 0), (6, 3), (3, 2), (8, 1)])
-def test_photos_held_sideways_come_out_upright(orientation, turn):
-    """A picture is turned as the tag of its camera says."""
+def test_photos_of_any_size_come_out_square_and_upright(orientation, turn):
+    """They are turned by their tag, their centre is cut out, and the fast way changes little."""
+    rng = np.random.default_rng(0)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(face(0, 16)).save("a.jpg", exif=exif)
-    assert np.array_equal(ldm.decode_image("a.jpg", 16, 3), np.rot90(pixels("a.jpg"), turn))
-
-@each("w, h", [(1, 1), (5, 301), (301, 5), (48, 32), (1, 4999)])
-def test_odd_sizes_give_the_centre_square(w, h):
-    """Whatever is wider or higher than the square is cut off evenly."""
-    picture = np.random.default_rng(0).integers(0, 256, (h, w, 3)).astype(np.uint8)
-    Image.fromarray(picture).save("a.png")
-    side = min(w, h)
-    top, left = (h - side) // 2, (w - side) // 2
-    square = picture[top:top + side, left:left + side]
-    assert np.array_equal(ldm.decode_image("a.png", side, 3), square)
-
-def test_shrinking_while_decoding_changes_a_jpeg_little():
-    """The fast way to a small picture is close to decoding the whole and shrinking that."""
-    noisy = face(1, 300) + np.random.default_rng(0).normal(0, 40, (300, 300, 3))
-    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save("a.jpg")
+    noisy = ldm.draw_face(1, 300) + rng.normal(0, 40, (300, 300, 3))
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save("a.jpg", exif=exif)
+    assert np.array_equal(ldm.decode_image("a.jpg", 300, 3), np.rot90(pixels("a.jpg"), turn))
     whole = ImageOps.fit(Image.open("a.jpg"), (32, 32), Image.Resampling.LANCZOS)
     got = ldm.decode_image("a.jpg", 32, 3).numpy()
-    assert np.abs(got - np.asarray(whole, float)).mean() < 1.5
+    assert np.abs(got - np.rot90(np.asarray(whole, float), turn)).mean() < 1.5
+    for w, h in ((1, 1), (5, 301), (301, 5), (48, 32), (1, 4999)):
+        picture = rng.integers(0, 256, (h, w, 3)).astype(np.uint8)
+        Image.fromarray(picture).save("a.png", exif=exif)
+        side = min(w, h)
+        square = picture[(h - side) // 2:][:side, (w - side) // 2:][:, :side]
+        assert np.array_equal(ldm.decode_image("a.png", side, 3), np.rot90(square, turn))
 
 def test_good_files_of_a_folder_are_read_and_others_named(capsys):
     """Odd names are read; torn and fake pictures are said, and what PIL cannot read is counted."""
     Path("in/deep").mkdir(parents=True)
     good = ("deep/with space.png", "ünïcode 顔.png", "new\nline.png", "UPPER.PNG", "a.bmp")
-    for i, name in enumerate(good):
-        Image.fromarray(face(i, 16)).save(f"in/{name}")
-    Image.fromarray(face(9, 16)).save("in/cut.jpg")
+    for i, name in enumerate((*good, "cut.jpg")):
+        Image.fromarray(ldm.draw_face(i, 16)).save(f"in/{name}")
     Path("in/cut.jpg").write_bytes(Path("in/cut.jpg").read_bytes()[:300])
     shutil.copy("in/a.bmp", "in/.hidden.bmp")
     for name in ("text.jpg", "notes.txt", "a.heic", "deep/B.HEIC"):
         Path("in", name).write_text("I am no picture")
     Path("in/gone.png").symlink_to("nowhere.png")
-    assert keys(load_folder()) == keys(ldm.toyfaces(range(5), 16))
+    assert keys(ldm.load_folder(Path("in"), 16, 3)) == keys(ldm.toyfaces(range(5), 16))
     lines = capsys.readouterr().out
     for line in ("left out 2 files .heic.*convert", "left out 1 files .txt", "read it: in/cut.jpg",
                  "read it: in/text.jpg", "in: 5 pictures"):
@@ -1368,8 +1101,8 @@ def test_good_files_of_a_folder_are_read_and_others_named(capsys):
     assert ".png" not in lines and "hidden" not in lines
 
 @each("names", ["", "a.txt", "a.png b.jpg c.bmp", "00.png 01.png", "00.png 01.png c.bmp"])
-def test_folder_with_fewer_than_three_pictures_is_refused(faces, names):
-    """A folder that is empty or without pictures, or has two that are whole, is a mistake."""
+def test_a_fixed_and_mixed_tenth_is_held_out_of_three_pictures_or_more(faces, monkeypatch, names):
+    """No folder, an empty one, one without pictures, or with two that are whole is a mistake."""
     Path("in").mkdir()
     for name in names.split():
         good = faces / name
@@ -1377,43 +1110,36 @@ def test_folder_with_fewer_than_three_pictures_is_refused(faces, names):
     for data in ("in", "nowhere"):
         with refused(f"--data .*{data}.* pictures"):
             ldm.load_images(ldm.resolve(ldm.AEConfig, dict(data=data, size=16)))
-
-def test_a_disk_that_fails_stops_the_reading(faces, monkeypatch):
-    """An error of a network disk (emulated) may be gone tomorrow, so no picture is left out."""
-    def decode(*_):
-        raise OSError(5, "Input/output error")
-    monkeypatch.setattr(ldm, "decode_image", decode)
-    with refused("faces.*png.*Input/output error"):
-        load_folder(faces)
-
-def test_held_out_images_are_a_fixed_and_mixed_tenth(faces, monkeypatch):
-    """Two to a thousand images, not the last files of the folder, are always the same ones."""
-    images = load_folder(faces)
-    assert torch.equal(images, load_folder(faces))
+    images = ldm.load_folder(faces, 16, 3)
+    assert torch.equal(images, ldm.load_folder(faces, 16, 3))
     last = torch.stack([ldm.decode_image(path, 16, 3) for path in sorted(faces.iterdir())[-4:]])
     assert keys(images[-4:]) != keys(last.permute(0, 3, 1, 2))
-    for n, held in ((40, 4), (3, 2), (25, 2), (30000, 1000)):
+    for n, held in ((40, 4), (3, 2), (25, 2), (30000, 1000)):  # two to a thousand
         images = images if n == 40 else images[:1].expand(n, 3, 16, 16)
         monkeypatch.setattr(ldm, "load_folder", always(images))
         *parts, _ = ldm.load_images(ldm.AEConfig(data=str(faces), size=16))
         assert len(parts[1]) == held and torch.equal(torch.cat(parts), images)
 
-def test_links_are_no_trap(faces):
-    """A linked picture or data folder counts; links to a parent are not followed for ever."""
+def test_links_are_no_trap_and_a_failing_disk_stops_the_reading(faces, monkeypatch):
+    """Linked pictures and folders count, no loop is followed; a network disk may work tomorrow."""
     for i in range(8):
         Path(f"in/{i}").mkdir(parents=True)
         Path(f"in/{i}/up").symlink_to(Path("in").absolute())
     Path("in/a.png").symlink_to(faces / "00.png")
-    Path("in/faces").symlink_to(faces)
-    Path("link").symlink_to(faces)
-    assert len(load_folder()) == 1 and len(load_folder("link")) == 40
+    for link in ("in/faces", "link"):
+        Path(link).symlink_to(faces)
+    assert [len(ldm.load_folder(Path(f), 16, 3)) for f in ("in", "link")] == [1, 40]
+    def decode(*_):
+        raise OSError(5, "Input/output error")
+    monkeypatch.setattr(ldm, "decode_image", decode)
+    with refused("faces.*png.*Input/output error"):
+        ldm.load_folder(faces, 16, 3)
 
 def test_built_in_data_sets_are_found_or_name_their_place(faces, monkeypatch):
     """Of celebhq a folder is searched in --data-root; MNIST has one channel, of any size."""
-    class Digits:
-        def __init__(self, root, train=True, download=False):
-            assert train and download  # the test set stays unseen
-            self.data = torch.full((70, 28, 28), 99, dtype=torch.uint8)
+    def digits(root, train=True, download=False):
+        assert train and download  # the test set stays unseen
+        return SimpleNamespace(data=torch.full((70, 28, 28), 99, dtype=torch.uint8))
     cfg = ldm.resolve(ldm.AEConfig, dict(data="celebhq", data_root=".", size=32))
     with refused(os.path.join(os.getcwd(), "celebhq")):
         ldm.load_images(cfg)
@@ -1423,14 +1149,14 @@ def test_built_in_data_sets_are_found_or_name_their_place(faces, monkeypatch):
     monkeypatch.setattr(ldm.datasets, "MNIST", None)  # as if there were no internet
     with refused(os.path.join(os.getcwd(), "MNIST", "raw")):
         ldm.load_images(cfg)
-    monkeypatch.setattr(ldm.datasets, "MNIST", Digits)
+    monkeypatch.setattr(ldm.datasets, "MNIST", digits)
     assert [x.shape for x in ldm.load_images(cfg)[:2]] == [(63, 1, 32, 32), (7, 1, 32, 32)]
     with refused("--channels 3"):
         ldm.load_images(replace(cfg, channels=3))
 
 # ---- 13. Runs -----------------------------------------------------------------------------------
 @each("stage, term", [("ae", "recon"), ("ldm", "loss")])
-def test_run_folder_has_what_was_asked_for(train, stage, term):
+def test_run_folder_has_what_was_asked_for_and_the_log_keeps_no_graph(train, stage, term):
     """Rows every 100 steps (here 2) are means; pictures and curves come every --save-every."""
     ckpt = train(stage, steps=7, save_every=3, accum=2)
     assert ckpt["step"] == ckpt["parts"]["opt"]["state"][0]["step"] == 7
@@ -1442,15 +1168,12 @@ def test_run_folder_has_what_was_asked_for(train, stage, term):
     single = train(stage, "b", steps=7, log_every=1, accum=2)["log"]
     means = [single[0][term] + single[1][term], single[3][term] * 2]
     assert [2 * ckpt["log"][i][term] for i in (0, 2)] == pytest.approx(means)
-
-def test_log_keeps_no_graph():
-    """What a loss needs for its gradient is freed, though its value waits for the next row."""
-    run, w = ldm.Run(ldm.AEConfig(out="new"), "ae", {}), torch.ones(3, requires_grad=True)
+    run, w = ldm.Run(ldm.AEConfig(out="c"), "ae", {}), torch.ones(3, requires_grad=True)
     run.step = 9001  # --steps may be lowered
     assert next(run.steps(), "done") == "done"
     run.add({"loss": w.square().sum()})
     alive = weakref.ref(w)
-    del w
+    del w  # what a loss needs for its gradient is freed
     assert alive() is None
 
 @each("stage, settings", [
@@ -1465,76 +1188,43 @@ def test_stopped_and_resumed_equals_one_go(train, stage, settings, monkeypatch):
     older = path.read_bytes()
     for _ in range(2):
         path.write_bytes(older)
-        twice = train(stage, **settings)
-        assert once["log"] == twice["log"]
-        parts = [[part.get("state", part) for part in ckpt["parts"].values()]
-                 for ckpt in (once, twice)]  # networks, and the state of optimisers
-        close(*parts, rtol=0, atol=0)
+        results = [[ckpt["log"], *(part.get("state", part) for part in ckpt["parts"].values())]
+                   for ckpt in (once, train(stage, **settings))]  # networks, state of optimisers
+        close(*results, rtol=0, atol=0)
 
-@each("number", SIGNALS)
-def test_a_signal_saves(train, monkeypatch, number):
-    """Ctrl-C, kill and a closed terminal save one step later and exit with code 130."""
-    signal_at(monkeypatch, 2, number)
-    for stage in ("ae", "ldm"):
-        with pytest.raises(KeyboardInterrupt):
-            train(stage, steps=8)
-        assert load(f"new/{stage}.pt")["step"] == 3
-    assert train("ldm", steps=8)["step"] == 8
-
-def test_signals_act_at_once_the_second_time_and_as_before_once_it_is_over(train, monkeypatch):
-    """The latter holds also while a notebook still shows the traceback of an error."""
+def test_handlers_of_signals_are_at_once_and_always_as_before(train, monkeypatch):
+    """Also while a notebook still shows a traceback, under nohup, and outside the main thread."""
     before = [signal.getsignal(s) for s in SIGNALS]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        signal_at(patch, 2)
-        signal_at(patch, 2)
-        train("ae")
-    assert not Path("new/ae.pt").exists()
     cfg = ldm.AEConfig(**train("ae")["config"] | dict(out="b"))
     assert [signal.getsignal(s) for s in SIGNALS] == before
-    monkeypatch.setattr(ldm.F, "mse_loss", lambda a, b: (a - b).sum() * math.nan)
-    with refused("not finite") as caught:
-        ldm.train_ae(replace(cfg, recon="l2"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+        signal_at(patch, 2)
+        signal_at(patch, 2)  # the second one acts at once
+        ldm.train_ae(cfg)
     assert [signal.getsignal(s) for s in SIGNALS] == before, caught
-
-def test_nohup_survives_the_closed_terminal_and_main_runs_in_threads(train, monkeypatch, faces):
-    """An ignored SIGHUP stays ignored; only the main thread can have signal handlers."""
+    assert not Path("b/ae.pt").exists()
     signal.signal(SIGNALS[2], signal.SIG_IGN)
     signal_at(monkeypatch, 1, SIGNALS[2])
-    assert train("ae", steps=3)["step"] == 3
-    line = ["train-ae", *words(TINY["ae"] | dict(data=faces, out="other"))]
-    thread = threading.Thread(target=ldm.main, args=[line])
+    assert train("ae", "c", steps=3)["step"] == 3
+    thread = threading.Thread(target=train, args=["ae", "d"])
     thread.start()
     thread.join()
-    assert load("other/ae.pt")["step"] == 4
+    assert load("d/ae.pt")["step"] == 4
 
-@each("error", [None, BrokenPipeError(32, "Broken pipe"), ValueError("closed file")], ids=str)
-def test_no_output_ends_a_training(train, monkeypatch, error):
-    """Standard output may be closed, or an object with only write and flush, as in notebooks."""
-    class Output:
-        flush = always(None)
-        def write(self, text):
-            if error:
-                raise error
-    monkeypatch.setattr(sys, "stdout", Output())
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        signal_at(patch, 2, SIGNALS[2])
-        train("ae", steps=8)
-    assert load("new/ae.pt")["step"] == 3 and train("ae", steps=8)["step"] == 8
-    train("ldm")
+@each("number, error", [*zip(SIGNALS, [None, BrokenPipeError(32, "x"), ValueError("x")])])
+def test_signals_save_and_no_output_ends_a_training(train, monkeypatch, number, error):
+    """Ctrl-C, kill and a closed terminal save one step later; stdout may be closed or odd."""
+    def write(text):
+        if error:
+            raise error
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=write, flush=always(None)))
+    for stage in ("ae", "ldm"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            signal_at(patch, 2, number)
+            train(stage, steps=8)
+        assert load(f"new/{stage}.pt")["step"] == 3 and train(stage, steps=8)["step"] == 8
     draw("new")
     assert len(figures("new")) == 4
-
-@each("in_terminal", [False, True])
-def test_progress_is_shown_when_something_takes_long(monkeypatch, capsys, in_terminal):
-    """In a pipe there is a line every ten seconds (of a false clock), in a terminal only one."""
-    monkeypatch.setattr(ldm.time, "perf_counter", iter(range(99)).__next__)  # a second a look
-    monkeypatch.setattr(sys.stdout, "isatty", always(in_terminal))
-    assert list(ldm.progress(iter(range(30)), "reading", 30)) == [*range(30)]
-    printed = capsys.readouterr().out
-    if in_terminal:
-        assert printed.count("\r") == printed.count("of 30") > 10 and "\n" not in printed
-    else:
-        assert printed == "reading 10 of 30\nreading 21 of 30\n"
 
 @each("stage", ["ae", "ldm"])
 def test_resuming_refuses_other_settings_but_not_those_that_change_nothing(train, out, stage):
@@ -1576,38 +1266,34 @@ def test_other_pictures_are_refused_wherever_they_would_mix(train, out, faces, m
 
 def test_damaged_and_foreign_checkpoints_are_refused(train, out):
     """Half a file, another stage's or program's, no archive and code cost one sentence each."""
-    path, whole = out / "ae.pt", (out / "ae.pt").read_bytes()
-    torch.save({"state_dict": torch.zeros(2)}, "foreign")
-    code = b"cos\nmkdir\n(S'trap'\ntR."  # a pickle that would make a folder
-    for bad in (whole[:len(whole) // 2], b"", b"<html>", code, Path("foreign").read_bytes(),
-                (out / "ldm.pt").read_bytes()):
-        path.write_bytes(bad)
+    path = out / "ae.pt"
+    wrong = wrong_files(path.read_bytes()) | {"stage": (out / "ldm.pt").read_bytes()}
+    for content in wrong.values():
+        path.write_bytes(content)
         for stage in ("ae", "ldm"):
             with refused(re.escape(str(path))):
                 train(stage, "out", steps=9)
-        assert path.read_bytes() == bad
+        assert path.read_bytes() == content
     assert not Path("trap").exists()
 
 @contextlib.contextmanager
 def full_disk(size):
     """No file can get longer than `size` bytes."""
-    import resource
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource = pytest.importorskip("resource")  # POSIX
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
 def test_full_disk_costs_nothing_that_was_there(train, out):
     """What cannot be written whole is not written; the checkpoint before it is used later on."""
     draw(out)
     before = {path: path.read_bytes() for path in out.rglob("*.p*")}  # .pt and .png
-    for stage in ("ae", "ldm"):
-        for size in (20_000, 100):
-            with full_disk(size), refused(f"out.*{stage}.*File too large"):
-                train(stage, "out", steps=6)
+    for stage, size in (("ae", 20_000), ("ae", 100), ("ldm", 20_000), ("ldm", 100)):
+        with full_disk(size), refused(f"out.*{stage}.*File too large"):
+            train(stage, "out", steps=6)
     with full_disk(1000), refused("progress.png .*File too large"):
         draw(out, seed=1)
     assert {path: path.read_bytes() for path in out.rglob("*.p*")} == before
@@ -1634,22 +1320,24 @@ def test_files_that_others_hold_open_cost_no_training(
     assert (out / f"pictures/{stage}-000008.png").exists() == (suffix == "")
     assert not [*out.rglob("*.tmp")]
 
-def test_a_slow_checkpoint_is_written_less_often(train, monkeypatch):
-    """By a false clock it takes a second, and a step four: some five steps go by in between."""
+@each("in_terminal", [False, True])
+def test_what_takes_long_is_shown_and_saved_less_often(train, monkeypatch, capsys, in_terminal):
+    """A pipe gets a line every ten seconds of a false clock; a second's save, one every 20."""
     monkeypatch.setattr(ldm.time, "perf_counter", iter(range(9999)).__next__)  # a second a look
+    monkeypatch.setattr(sys.stdout, "isatty", always(in_terminal))
+    assert list(ldm.progress(iter(range(30)), "reading", 30)) == [*range(30)]
+    text = capsys.readouterr().out
+    assert in_terminal or text == "reading 10 of 30\nreading 21 of 30\n"
+    assert not in_terminal or text.count("\r") == text.count("of 30") > 10 and "\n" not in text
     calls = spy(monkeypatch, torch, "save")
     train("ae", steps=30, save_every=1)
     steps = [ckpt["step"] for content, _ in calls for ckpt in content.values()]
     assert steps[0] == 1 and steps[-1] == 30 and set(np.diff(steps[:-1])) <= {5, 6, 7}
-    assert len(os.listdir("new/pictures")) == 30
-
-def test_a_huge_first_value_does_not_flatten_the_curves():
-    """Behind it the curve uses the height of its panel, 70 pixels."""
+    assert len(os.listdir("new/pictures")) == 30  # a step takes four seconds
     rows = [{"step": 10 * i, "loss": 1e6 if i == 1 else math.sin(i)} for i in range(1, 101)]
     picture = np.asarray(ldm.draw_curves(rows))
-    blue = (picture[:, 120:] == (31, 95, 191)).all(2)
-    heights = np.nonzero(blue.any(1))[0]
-    assert 60 < np.ptp(heights) < 80 and len(picture) == 120
+    heights = np.nonzero((picture[:, 120:] == (31, 95, 191)).all(2).any(1))[0]  # of blue
+    assert 60 < np.ptp(heights) < 80 and len(picture) == 120  # its panel has 70
 
 @each("stage", ["ae", "ldm"])
 def test_what_is_not_finite_is_never_saved(train, out, monkeypatch, stage):
@@ -1660,21 +1348,20 @@ def test_what_is_not_finite_is_never_saved(train, out, monkeypatch, stage):
     before = (out / f"{stage}.pt").read_bytes()
     for owner, name, function in ((ldm.F, "mse_loss", lambda a, b: (a - b).sum() * math.nan),
                                   (nn.utils, "clip_grad_norm_", infinite)):
-        with monkeypatch.context() as patch, refused("step 5"):
+        with monkeypatch.context() as patch, refused("step 5 .*not finite"):
             patch.setattr(owner, name, function)
             train(stage, "out", steps=5)
     assert (out / f"{stage}.pt").read_bytes() == before
 
 # ---- 14. Device and speed -----------------------------------------------------------------------
-CUDA = torch.device("cuda")
-
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    """Emulates CUDA for compile_networks: tensors for it are made on the CPU."""
+    """A device, CUDA emulated for compile_networks: tensors for it are made on the CPU."""
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **kw: zeros(*size, **kw))
     monkeypatch.setattr(torch, "compile", lambda net: net)
     monkeypatch.setattr(nn.Module, "compile", always(None))
+    return torch.device("cuda")
 
 @each("offset, spread", [(0, 1), (30, 2), (100, 0), (30, 1e-4)])
 def test_compiling_changes_neither_answers_nor_gradients_nor_names(fake_cuda, offset, spread):
@@ -1684,7 +1371,7 @@ def test_compiling_changes_neither_answers_nor_gradients_nor_names(fake_cuda, of
     values = offset * torch.rand(40, 1, 1, 1) + spread * torch.randn(40, 64, 6, 10)
     ldm.compile_networks(ldm.LDMConfig(), CPU, *nets)
     for net, on, kind in zip(nets, (False, True), (nn.GroupNorm, ldm.OnePassGroupNorm)):
-        ldm.compile_networks(ldm.LDMConfig(compile=on), CUDA, net)
+        ldm.compile_networks(ldm.LDMConfig(compile=on), fake_cuda, net)
         assert type(net[0]) is kind
         x = values.clone().requires_grad_()
         y = net(x)
@@ -1702,7 +1389,7 @@ def test_without_a_compiler_training_goes_on(train, fake_cuda, monkeypatch, caps
         raise RuntimeError("Cannot find a working triton installation\nand many more lines")
     def compile_networks(cfg, _, *networks):
         nets.extend(networks)
-        real(cfg, CUDA, *networks)
+        real(cfg, fake_cuda, *networks)
     nets, real = [], ldm.compile_networks
     monkeypatch.setattr(torch, "compile", always(fail))
     monkeypatch.setattr(ldm, "compile_networks", compile_networks)
@@ -1718,11 +1405,9 @@ def test_without_a_compiler_training_goes_on(train, fake_cuda, monkeypatch, caps
     ("eval --out nowhere", "nowhere"), ("train-ldm --out nowhere", "nowhere/ae.pt.*train-ae"),
     ("sample --data nope", "nope"), ("train-ae --data nope", "nope"), ("train-ae --data .", "data"),
     ("train-ae --data celebhq", "--data celebhq.*data/celebhq.*README"),
-    ("train-ae --batch 1000000000", "--batch 1000000000"),
-    ("train-ae --size 30 --widths 8 16 32", "--size 30"),
+    ("train-ae --size 30 --widths 8 16 32", "--size 30"), ("demo --seed -3", "--seed -3"),
     ("train-ae --data celebhq --size 100", "--size 100.*divisible by 8"),
-    ("sample --steps 1001", "--steps 1001"), ("train-ae --lr nan", "--lr nan"),
-    ("demo --seed -3", "--seed -3"), ("train-ae --perceptual-weight 1", "vgg16")])
+    ("train-ae --perceptual-weight 1", "vgg16.* --perceptual-weight 0")])
 def test_mistakes_cost_one_sentence_and_create_nothing(monkeypatch, line, word):
     """Exit code 2 and a line that says what to do come without traceback or files."""
     monkeypatch.setattr(models.VGG16_Weights, "get_state_dict", None)
@@ -1739,15 +1424,13 @@ def test_help_lists_every_flag_with_its_default(command, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="0"):
         ldm.main([command, "--help"])
     text, cls = " ".join(capsys.readouterr().out.split()), ldm.COMMANDS[command][0]
-    for f in flags(cls):
-        assert f"--{f.name}".replace("_", "-") in text, f.name
+    for f in [f for f in fields(cls) if f.metadata]:
         default = f" (default: {f.default}" if f.default is not None else ""
-        assert f"{f.metadata['text']}{default}" in text, f.name
-        assert f" {f.metadata['group'] or ''}" in text
+        for part in (f"--{f.name}".replace("_", "-"), f"{f.metadata['text']}{default}"):
+            assert part in text, part
     if cls is ldm.AEConfig:
         assert "(default: (64, 64, 128, 256); toyfaces (16, 32, 32); mnist (32, 64, 64))" in text
-        groups = re.findall("(data and run|optimisation|model|losses): --", text)
-        assert groups == ["data and run", "optimisation", "model", "losses"]
+        assert re.search("data and run: --.*optimisation: --.*model: --.*losses: --", text)
 
 @each("error, word", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "error: .*--batch"),
@@ -1773,25 +1456,24 @@ def test_demo_runs_both_stages_and_samples(monkeypatch, capsys):
     assert re.findall("^    ([a-z-]+) ", capsys.readouterr().out, re.M) == [*ldm.COMMANDS]
 
 # ---- README -------------------------------------------------------------------------------------
-def readme_commands():
-    """Every `python ldm.py ...` in the README's code blocks."""
-    for language, block in re.findall(r"```(\w*)\n(.*?)```", README, re.S):
-        if language != "python":
-            yield from re.findall(r"python ldm\.py ([a-z][^#;&|>)\n]+)", block)
-
-@each("line", sorted(set(readme_commands())))
+@each("line", sorted({line for kind, block in re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+                      for line in re.findall(r"python ldm\.py ([a-z][^#;&|>)\n]+)", block)
+                      if kind != "python"}))
 def test_readme_commands_are_accepted(line):
-    """Each command in the README can be typed as it stands there."""
+    """Each command in the README's code blocks can be typed as it stands there."""
     given = vars(ldm.build_parser().parse_args(line.split()))
     ldm.resolve(ldm.COMMANDS[given.pop("command")][0], given)
 
-def test_readme_notebook_cell_runs(monkeypatch):
-    """The cell trains both stages and leaves their checkpoints."""
+def test_readme_notebook_cell_runs_and_its_pictures_are_small(monkeypatch):
+    """The cell leaves two checkpoints; assets has the pictures shown, less than 1 MB in all."""
     noise = torch.randint(256, (300, 3, 32, 32), dtype=torch.uint8)  # quicker than faces
     monkeypatch.setattr(ldm, "toyfaces", always(noise))
     for cell in re.findall(r"```python\n(.*?)```", README, re.S):
         exec(cell, {})
     assert {path.name for path in Path().rglob("*.pt")} == {"ae.pt", "ldm.pt"}
+    pictures = set(re.findall(r"assets/[\w.-]+", README))
+    assert {f"assets/{p.name}" for p in (HERE / "assets").iterdir()} == pictures != set()
+    assert sum((HERE / p).stat().st_size for p in pictures) < 1_000_000
 
 @each(ids="abcdefgh", argnames="name, graders", argvalues=[
     ("quantise", "quantiser"), ("add_noise", "inverts"), ("z0_and_eps", "inverts samplers"),
@@ -1806,18 +1488,12 @@ def test_homework_fails_its_own_tests_and_no_others(monkeypatch, name, graders):
     graded, failed = re.findall("`(.+?)`", graded), set()
     Path("ldm.py").write_text(TEXT)
     exec(re.sub(f'blank = ".*{name}.*"', f'blank = "{name}"', script), {})
-    blanked = {"__name__": "blanked", "__file__": ldm.__file__}
-    exec(Path("ldm.py").read_text(), blanked)
-    owners = ("VectorQuantizer", "NoiseScheduler")
-    owner = next((k for k in owners if hasattr(blanked[k], name)), None)
-    theirs = getattr(blanked[owner], name) if owner else blanked[name]
-    monkeypatch.setattr(getattr(ldm, owner) if owner else ldm, name, theirs)
+    blanked = SimpleNamespace(__file__=ldm.__file__, __name__="blanked")
+    exec(Path("ldm.py").read_text(), vars(blanked))
+    path = [k for k in ("VectorQuantizer", "NoiseScheduler") if hasattr(getattr(ldm, k), name)]
+    ours, theirs = (getattr(m, *path) if path else m for m in (ldm, blanked))
+    monkeypatch.setattr(ours, name, getattr(theirs, name))
     words = f"({' or '.join(graded)}) and not homework and not reproduce"
     pytest.main([__file__, "-qq", "--tb=no", "-pno:cacheprovider", "-k", words], [Plugin()])
     assert failed == set(graders.split()), "not blanked, or not graded by these tests alone"
 
-def test_readme_shows_small_pictures_that_exist():
-    """Its pictures take less than 1 MB in all, and no others lie in assets."""
-    pictures = set(re.findall(r"assets/[\w.-]+", README))
-    assert pictures and sum((HERE / p).stat().st_size for p in pictures) < 1_000_000
-    assert {f"assets/{p.name}" for p in (HERE / "assets").iterdir()} == pictures
