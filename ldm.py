@@ -531,9 +531,9 @@ class UNet(nn.Module):
 # autoguidance (Karras et al. 2024, arXiv 2406.02507).
 
 class LatentDiffusion(nn.Module):
-    """A diffusion model for the latents of a VQVAE or VAE, with z_shape = (D, h, w). unet: the
-    UNet that both averages, ema_unet and early_unet, start from. Train `unet` itself, and let
-    update_ema (section 8) move the averages."""
+    """A diffusion model for the latents of a VQVAE or VAE, with z_shape = (D, h, w). Both
+    averages, ema_unet and early_unet, start as copies of unet. Train a third such copy, and
+    let update_ema (section 8) move the averages towards it."""
     def __init__(self, ae, unet, scheduler, z_shape):
         super().__init__()
         self.ae = ae
@@ -840,7 +840,7 @@ def train_ae(cfg):
         lr = learning_rate(cfg, step)
         ramp = min(1, max(0, step - disc_start) / 1000)
         weights["gan"] = cfg.gan_weight * ramp * lr / cfg.lr
-        if cfg.ae == "vq" and step % 100 == 1:  # after the log: restart zeroes its counts
+        if cfg.ae == "vq" and step % 100 == 1:  # 1, 101, ..: once step 100 has logged usage
             with torch.no_grad(), autocast(device, dtype):
                 ae.quantizer.restart(ae.encode(draw_images(images, cfg, device)))
 
@@ -954,7 +954,7 @@ def train_ldm(cfg):
 
     torch.manual_seed(cfg.seed)
     ldm = place(build_ldm(cfg, ae, ae_cfg), device).requires_grad_(False)
-    unet = copy.deepcopy(ldm.ema_unet).requires_grad_(True)  # the third one, which is trained
+    unet = copy.deepcopy(ldm.ema_unet).requires_grad_(True)  # the third copy, for Adam
     opt = torch.optim.Adam(unet.parameters(), betas=(0.9, 0.99), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(cfg, "ldm", dict(unet=unet, ldm=ldm, opt=opt, scaler=scaler))
