@@ -159,7 +159,8 @@ class UpBlock(nn.Module):
 
 def build_encoder(channels, widths, layers, c_out):
     """Image (B, C, H, W) -> (B, c_out, h, w). Each width after the first halves the sides, so
-    that H and W have to be divisible by 2 as often. Comments: widths 64 64 128 256, 256x256."""
+    that H and W have to be divisible by 2 as often. The shapes beside the code are those of
+    256x256 images and widths 64 64 128 256."""
     c = widths[-1]
     return nn.Sequential(
         nn.Conv2d(channels, widths[0], 3, padding=1),              # (B, 64, 256, 256)
@@ -301,9 +302,10 @@ class LPIPS(nn.Module):
         except Exception as error:
             path = Path(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth")
             raise FileNotFoundError(
-                f"LPIPS needs {weights}, which comes with ldm.py, and {path}, which is fetched. "
-                f"One is missing or damaged ({type(error).__name__}). Delete a damaged one and get "
-                "it again. train-ae can do without: --perceptual-weight 0") from error
+                f"LPIPS needs {weights}, which comes with ldm.py, and {path}, which is downloaded. "
+                f"One is missing or damaged, or the download failed ({type(error).__name__}). "
+                "Delete a damaged one, go online, and try again. train-ae can do without: "
+                "--perceptual-weight 0") from error
         cuts = (0, 4, 9, 16, 23, 30)  # the slices end with relu1_2, 2_2, 3_3, 4_3, 5_3
         self.slices = nn.ModuleList(net[a:b] for a, b in zip(cuts, cuts[1:]))
         # ImageNet's mean and deviation per channel, for images in [-1, 1].
@@ -597,9 +599,10 @@ class LatentDiffusion(nn.Module):
                trace=None, progress=lambda items, label: items):
         """Makes n images (n, C, H, W) in [-1, 1], returned on the CPU, `batch` at a time. Image
         i starts from noise that depends on the seed and i alone, so it looks the same in any
-        batch. dtype: of autocast, None for float32. trace: a list that gets (z_t, estimate of
-        z0) of the first four images at each step. progress: wraps a loop and says how far it
-        is; by default nothing. Raises ValueError for an unknown sampler or number of steps."""
+        batch. dtype is what autocast uses, and None means float32. trace is a list that gets
+        (z_t, estimate of z0) of the first four images at each step. progress wraps a loop and
+        says how far it is, by default nothing. Raises ValueError for an unknown sampler, or
+        for steps outside 1 to T."""
         if sampler not in self.SAMPLERS:
             raise ValueError(f"no sampler {sampler!r}; choose {', '.join(self.SAMPLERS)}")
         images = []
@@ -627,8 +630,8 @@ class LatentDiffusion(nn.Module):
 # Beside them stands what is different for the two small data sets, toyfaces and mnist.
 
 def flag(default, text, *choices, low=1, high=10 ** 9, group=None, **presets):
-    """A setting: its help text, its choices or range, a heading of --help that starts with it,
-    and {data set: another default}."""
+    """A setting. text is its help, choices or low and high say what is allowed, group opens a
+    heading of --help above it, and presets are {data set: another default}."""
     rule = dict(text=text, choices=choices, low=low, high=high, group=group, presets=presets)
     return field(default=default, metadata=rule)
 
@@ -642,7 +645,7 @@ class RunConfig:
 
 @dataclass
 class TrainConfig(RunConfig):
-    save_every: int = flag(1000, "steps between pictures, and between checkpoints unless slow")
+    save_every: int = flag(1000, "steps between pictures; slow checkpoints are rarer")
     flip: bool = flag(True, "also train on mirrored images", False, True, mnist=False)
     compile: bool = flag(True, "torch.compile on CUDA: slow to start, then faster", False, True,
                          toyfaces=False, mnist=False)
@@ -751,7 +754,7 @@ def resolve(cls, given):
                 "folder that you may write to; give another")
         right = len(cfg.widths) > 1 and not any(c % 4 for c in cfg.widths)
         require(right, f"--widths {' '.join(map(str, cfg.widths))}: give two or more multiples of "
-                "4, because attention splits them into four heads")
+                "4, because attention has 4 heads and norms need groups of 4")
     if cls is AEConfig:
         factor = 2 ** (len(cfg.widths) - 1)
         require(cfg.size % factor == 0, f"--size {cfg.size}: must be divisible by {factor}, "
@@ -1041,8 +1044,8 @@ def sample(cfg):
     say(f"wrote {(folder / 'samples.png').absolute()}")
 
 def frechet_distance(a, b):
-    """Between Gaussians fitted to features a, b (N, c), N > 1, with means mu and covariances S:
-    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))."""
+    """The distance of Gaussians fitted to features a, b (N, c), with means mu and covariances
+    S: |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))."""
     a, b = a.double(), b.double()  # large sums almost cancel, and float32 loses too many digits
     S_a, S_b = torch.cov(a.T), torch.cov(b.T)                      # (c, c)
     # The trace of a root is the sum of the roots of the eigenvalues.
@@ -1177,7 +1180,7 @@ def load_folder(folder, size, channels):
 
 def load_images(cfg):
     """(training images, held-out images, name), uint8; a tenth, 2 to 1000, is held out. For a
-    folder the name has a checksum of the pictures. Raises UserError."""
+    folder the name has a checksum of a hundred of them. Raises UserError."""
     root = Path(cfg.data_root)
     name = cfg.data
     if cfg.data == "toyfaces":
@@ -1296,7 +1299,7 @@ class Run:
         for name, now in reversed(asdict(self.cfg).items()):
             before = ckpt["config"][name]
             require(name in MAY_CHANGE or before == now, f"{self.path} was trained with another "
-                    f"{name} ({before!s:.40}); go back to that, or move the file away")
+                    f"{name} ({before!s:.40}); undo that change, or move the file away")
         for name, state in ckpt["parts"].items():
             if state:  # a scaler that is off has none
                 self.parts[name].load_state_dict(state)
@@ -1467,7 +1470,7 @@ def place(net, device):
 
 class OnePassGroupNorm(nn.GroupNorm):
     """nn.GroupNorm with var = E[x^2] - E[x]^2, so that one look at x gives mean and variance,
-    and x needs no other layout. Compiled, it takes a fifth off a UNet step (H100, bf16)."""
+    and x keeps its channels last. Compiled, it takes a fifth off a UNet step (H100, bf16)."""
     def forward(self, x):
         x = x.float()  # the difference of two large numbers: bf16 has no digits to spare
         split = (self.num_groups, -1)
@@ -1494,7 +1497,8 @@ def compile_networks(cfg, device, *networks):
         for module in net.modules():
             if isinstance(module, nn.GroupNorm):
                 module.__class__ = OnePassGroupNorm  # same weights, another forward
-        # CUDA graphs launch a step at once, but overwrite the gradients that --accum adds up.
+        # "reduce-overhead" records the kernels as a CUDA graph and replays them in one call. A
+        # replay overwrites the gradients that --accum has to add up.
         net.compile(dynamic=False, mode="reduce-overhead" if cfg.accum == 1 else "default")
 
 
@@ -1556,7 +1560,8 @@ def main(argv=None):
         memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not memory and "can't allocate memory" not in str(error):
             raise
-        message = "out of memory. Give a smaller --batch, and move a begun run's .pt away"
+        message = ("out of memory. Give a smaller --batch. If a training has begun, first move "
+                   "its file away: ae.pt for train-ae, ldm.pt for train-ldm")
     print(f"ldm.py: error: {message}", file=sys.stderr)
     return 2
 
