@@ -655,8 +655,8 @@ class TrainConfig(RunConfig):
 @dataclass
 class AEConfig(TrainConfig):
     batch: int = flag(16, "images at once on the device", high=10 ** 5, toyfaces=8, mnist=128)
-    steps: int = flag(9000, "optimiser steps in all", toyfaces=3000, mnist=1000)
-    lr: float = flag(3e-4, "highest learning rate of Adam", low=1e-9, toyfaces=2e-3, mnist=1e-3)
+    steps: int = flag(9000, "optimiser steps in all", toyfaces=2400, mnist=1000)
+    lr: float = flag(3e-4, "highest learning rate of Adam", low=1e-9, toyfaces=3e-3, mnist=1e-3)
     ae: str = flag("vq", "autoencoder; vq: VQVAE, kl: VAE", "vq", "kl", group="model")
     size: int = flag(256, "side of the images in pixels", low=16, toyfaces=32, mnist=28)
     channels: int = flag(3, "image channels; 3: colour, 1: grey", 1, 3, mnist=1)
@@ -680,8 +680,8 @@ class AEConfig(TrainConfig):
 @dataclass
 class LDMConfig(TrainConfig):
     batch: int = flag(128, "latents at once on the device", high=10 ** 5, toyfaces=64, mnist=512)
-    steps: int = flag(10000, "optimiser steps in all", toyfaces=1100, mnist=2000)
-    lr: float = flag(4e-4, "highest learning rate of Adam", low=1e-9, toyfaces=2e-3, mnist=2e-3)
+    steps: int = flag(10000, "optimiser steps in all", toyfaces=1000, mnist=2000)
+    lr: float = flag(4e-4, "highest learning rate of Adam", low=1e-9, toyfaces=3e-3, mnist=2e-3)
     widths: tuple = flag((192, 256, 384, 512), "UNet channels, outside to inside", group="model",
                          toyfaces=(48, 64, 96), mnist=(128, 128, 256))
     layers: int = flag(2, "ResBlocks per block", toyfaces=1)
@@ -967,7 +967,7 @@ def train_ldm(cfg):
         z_all = torch.cat([z_all, encode_images(ae, images.flip(3), device, dtype)])
     ldm.measure(z_all)
     say(f"latents {tuple(z_all.shape)}, mean {ldm.mean.flatten()}, std {ldm.std.flatten()}")
-    z0_held_out = ldm.normalise(encode_images(ae, held_out[:cfg.batch], device, dtype))
+    z0_held_out = ldm.normalise(encode_images(ae, held_out[:64], device, dtype))
     compile_networks(cfg, device, unet)
 
     for step in run.steps():
