@@ -717,16 +717,19 @@ def check(setting, value):
     if isinstance(value, (str, os.PathLike)):
         value = os.path.expanduser(value)  # ~/photos; this also makes a str of a Path
     value = np.asarray(value).tolist()
-    if kind in (str, bool) or rule["choices"]:
-        right = type(value) is kind and value in (rule["choices"] or [value]) and value != ""
-        advice = f"choose one of {rule['choices']}" if rule["choices"] else f"give {rule['text']}"
+    if rule["choices"]:
+        right = type(value) is kind and value in rule["choices"]
+        advice = f"choose one of {', '.join(map(str, rule['choices']))}"
+    elif kind is str:
+        right = type(value) is str and value != ""
+        advice = f"give {rule['text']}"
     else:
         numbers = value if kind is tuple and isinstance(value, list) else [value]
         right = all(type(x) in (int, kind) and rule["low"] <= x <= rule["high"] for x in numbers)
         number = "a number" if kind is float else "a whole number"
         advice = f"give {number} from {rule['low']} to {rule['high']}"
     require(right, f"--{setting.name.replace('_', '-')} {value}: {advice}")
-    return kind(value)
+    return kind(value)  # a list becomes a tuple, and 1 becomes 1.0 if the kind is float
 
 def resolve(cls, given):
     """Settings of class cls: the defaults, then the data set's preset, then what is given, a
@@ -736,6 +739,7 @@ def resolve(cls, given):
         value = getattr(cfg, setting.name)
         if setting.name not in given:
             value = setting.metadata["presets"].get(cfg.data, value)
+        # None is allowed only where it is the default, and stays unchecked there.
         if value is not None or setting.default is not None:
             setattr(cfg, setting.name, check(setting, value))
 
@@ -1009,11 +1013,12 @@ def load_ldm(path, device="cpu"):
     ae_cfg = AEConfig(**cfg.ae_settings)
     ldm = build_ldm(cfg, build_autoencoder(ae_cfg), ae_cfg)
     ldm.load_state_dict(ckpt["parts"]["ldm"])
-    ldm.ae_cfg = ae_cfg
+    ldm.ae_cfg = ae_cfg  # a note for sample and evaluate: which data, which size
     return place(ldm, torch.device(device)).eval().requires_grad_(False)
 
 def find_run(cfg, *names):
     """The run folder --out, or else the newest with one of these files. Raises UserError."""
+    # From --data, resolve has already made cfg.out.
     folders = [Path(cfg.out)] if cfg.out else Path("runs").glob("*")
     found = [folder / name for folder in folders for name in names if (folder / name).exists()]
     require(found, f"no {' or '.join(names)} in {os.path.abspath(cfg.out or 'runs')}; run train-ae "
@@ -1156,25 +1161,27 @@ def load_folder(folder, size, channels):
             "read them; photos among them have to be converted to JPEG")
     paths = [p for p in files if p.suffix.lower() in known]
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
+    paths = [paths[k] for k in order]
     images = torch.empty(len(paths), size, size, channels, dtype=torch.uint8)
 
     def decode(k):
-        path = paths[order[k]]
+        """Fills images[k] and returns None, or returns why this picture is left out."""
         try:
-            images[k] = decode_image(path, size, channels)
+            images[k] = decode_image(paths[k], size, channels)
         except Exception as error:  # PIL raises many
             # An errno comes from the disk and not from the picture, so that leaving the picture
             # out would be wrong. Next time it may be readable.
-            require(not getattr(error, "errno", None), f"{path} cannot be read now ({error}); try "
-                    "again, or move it away")
-            return f"left out, because PIL could not read it: {path} ({error})"
+            require(not getattr(error, "errno", None), f"{paths[k]} cannot be read now ({error}); "
+                    "try again, or move it away")
+            return f"left out, because PIL could not read it: {paths[k]} ({error})"
 
     with ThreadPoolExecutor(4) as pool:
         faults = [*progress(pool.map(decode, range(len(paths))), "decoding", len(paths))]
     for fault in filter(None, faults):
         say(fault)
     good = [k for k, fault in enumerate(faults) if fault is None]
-    images = images[good] if len(good) < len(images) else images
+    if len(good) < len(images):  # indexing copies everything
+        images = images[good]
     say(f"{folder}: {len(images)} pictures")
     return images.permute(0, 3, 1, 2)
 
@@ -1215,26 +1222,25 @@ def to_float(images, device):
 # A stopped run goes on with the same command, and a file is either whole or not there at all.
 
 # These settings may differ when a command goes on with a run. A changed --steps moves the
-# learning rate, the start of the GAN and the end of the early UNet.
+# learning rate, the start of the GAN and the end of the early UNet. A folder of data may have
+# moved, since what counts is the checksum of its pictures.
 MAY_CHANGE = ["out", "data", "data_root", "steps", "amp", "compile", "save_every"]
 FORMAT = "ldm.py, format 7"  # counts up when the content of checkpoints changes
 
-def say(*words, end="\n"):
+def say(*words):
     """print, but a closed terminal, or letters that it does not know, never end a training."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     text = " ".join(map(str, words)).encode(encoding, "backslashreplace").decode(encoding)
     with contextlib.suppress(OSError, ValueError):
-        print(text, end=end, flush=True)
+        print(text, flush=True)
 
 def progress(items, label, total=None):
-    """Yields the items. If that takes long, says how far it is: in a terminal by a line that
-    renews itself, elsewhere by a line every ten seconds."""
-    in_terminal = getattr(sys.stdout, "isatty", bool)()
-    shown_at = time.perf_counter()
+    """Yields the items. If that takes long, says every five seconds how far it is."""
+    said_at = time.perf_counter()
     for done, item in enumerate(items):
-        if time.perf_counter() - shown_at > (1 if in_terminal else 10):
-            say(f"{label} {done} of {total or len(items)}", end="   \r" if in_terminal else "\n")
-            shown_at = time.perf_counter()
+        if time.perf_counter() - said_at > 5:
+            say(f"{label} {done} of {total or len(items)}")
+            said_at = time.perf_counter()
         yield item
 
 def fingerprint(*tensors):
@@ -1253,7 +1259,8 @@ def new_file(path):
         for wait in (0, 0.5, 2, 5):  # Windows refuses while a scanner or a viewer has it open
             time.sleep(wait)
             with contextlib.suppress(PermissionError):
-                return os.replace(partial, path)
+                os.replace(partial, path)
+                return
         raise OSError("another program has it open")
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
@@ -1320,12 +1327,13 @@ class Run:
             signal.signal(number, before[number])  # so that a second one acts at once
 
         if threading.current_thread() is threading.main_thread():  # only this one gets signals
-            for s in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-                if signal.getsignal(s) not in (signal.SIG_IGN, stop):  # nohup ignores one
+            # A set, because Windows has no SIGHUP, and SIGTERM would come twice.
+            for s in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+                if signal.getsignal(s) != signal.SIG_IGN:  # nohup ignores one
                     before[s] = signal.signal(s, stop)
 
         self.last = self.step >= self.cfg.steps
-        self.started = time.perf_counter()
+        self.counted_from = time.perf_counter()
         try:
             while not self.last:
                 self.step += 1
@@ -1337,6 +1345,7 @@ class Run:
             for s, handler in before.items():
                 signal.signal(s, handler)
 
+        # The caller saved it, since due is true in the last step.
         say(f"step {self.step} of {self.cfg.steps} is saved: {self.path.absolute()}")
         if self.step < self.cfg.steps:
             raise KeyboardInterrupt
@@ -1359,15 +1368,16 @@ class Run:
                 f"figure is not finite: {row}. Go on with --amp off, or move {self.path} away and "
                 "start anew with a lower --lr")
 
+        # The GAN's losses may have joined in halfway. The others have one value a batch.
         batches = max(map(len, self.losses.values()))
-        pace = batches / (time.perf_counter() - self.started)  # batches a second
+        pace = batches / (time.perf_counter() - self.counted_from)  # batches a second
         minutes = (self.cfg.steps - self.step) * self.cfg.accum / pace / 60
         say(f"{self.stage} {self.step}/{self.cfg.steps}  {pace * self.cfg.batch:.0f} images/s, "
             f"{minutes:.1f} minutes left ", *[f"{k} {v:.4g}" for k, v in row.items()])
 
         self.rows.append({"step": self.step} | row)
         self.losses = {}
-        self.started = time.perf_counter()
+        self.counted_from = time.perf_counter()
 
     def save(self, picture):
         """Writes the checkpoint, a picture and the curves. A checkpoint that takes long is
@@ -1379,14 +1389,15 @@ class Run:
             ckpt = dict(step=self.step, config=asdict(self.cfg), log=self.rows, parts=parts)
             with new_file(self.path) as file:
                 torch.save({f"{self.stage} of {FORMAT}": ckpt}, file)
-            self.next_save = now + 21 * (time.perf_counter() - now)
+            done = time.perf_counter()
+            self.next_save = done + 20 * (done - now)
 
         try:
             save_picture(folder / "pictures" / f"{self.stage}-{self.step:06d}.png", picture)
             save_picture(folder / f"{self.stage}-curves.png", draw_curves(self.rows))
         except UserError as error:  # a picture is not worth the end of a training
             say(f"warning: {error}")
-        self.started = time.perf_counter()  # saving is not training time
+        self.counted_from = time.perf_counter()  # saving is not training time
 
 def psnr(x_rec, x):
     """Peak signal-to-noise ratio (B,) in dB of images in [-1, 1]: 10 log10(peak^2 / MSE)."""
@@ -1528,7 +1539,7 @@ def build_parser():
         for setting in [f for f in fields(cls) if f.metadata]:
             rule = setting.metadata
             text = rule["text"]
-            if rule["group"]:
+            if rule["group"]:  # lasts until a field names another
                 group = sub.add_argument_group(rule["group"])
             if setting.default is not None:
                 others = [f"; {data} {value}" for data, value in rule["presets"].items()]
