@@ -971,6 +971,7 @@ def train_ldm(cfg):
         z_all = torch.cat([z_all, encode_images(ae, images.flip(3), device, dtype)])
     ldm.measure(z_all)
     say(f"latents {tuple(z_all.shape)}, mean {ldm.mean.flatten()}, std {ldm.std.flatten()}")
+    # Noise and t are always the same for these, so 64 images are enough for a smooth curve.
     z0_held_out = ldm.normalise(encode_images(ae, held_out[:64], device, dtype))
     compile_networks(cfg, device, unet)
 
@@ -1327,7 +1328,7 @@ class Run:
             signal.signal(number, before[number])  # so that a second one acts at once
 
         if threading.current_thread() is threading.main_thread():  # only this one gets signals
-            # A set, because Windows has no SIGHUP, and SIGTERM would come twice.
+            # This is a set, because Windows has no SIGHUP, and SIGTERM would come twice.
             for s in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
                 if signal.getsignal(s) != signal.SIG_IGN:  # nohup ignores one
                     before[s] = signal.signal(s, stop)
@@ -1447,6 +1448,7 @@ def draw_curves(rows):
         low, high = usual.min(), usual.max()
         x = 60 + 720 * steps / steps[-1]
         y = top + 70 * ((high - values) / max(high - low, 1e-12)).clip(0, 1)
+        # Around the curve stand a frame, its name, its range on the left, and five steps below.
         draw.rectangle((60, top, 780, top + 70), outline="#cccccc")
         draw.line(list(zip(x, y)), fill="#1f5fbf", width=2)
         draw.text((60, top - 14), f"{name}, now {values[-1]:.4g}", 0)
@@ -1468,6 +1470,7 @@ def pick_device(cfg):
     amp = cfg.amp
     if amp == "auto" and device.type == "cuda":  # older GPUs only emulate bf16, slowly
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    # "off", and "auto" where there is no CUDA, are not in the table and give None.
     return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 def autocast(device, dtype):
