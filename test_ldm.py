@@ -207,7 +207,8 @@ def test_block_switches_change_only_what_they_name(t_dim, heads, resample, layer
         assert len(attentions) == (layers if heads or block is mid else 0)
         assert t_dim is None or not torch.allclose(y, block(x, -t_emb, *skips))
     assert not torch.allclose(up(x, t_emb, skip), up(x, t_emb, -skip))
-    assert not resample or torch.equal(up.up[0](x)[..., 1::2, ::2], x)  # nearest
+    up.up, up.blocks = up.up and nn.Identity(), ldm.Stack()
+    assert torch.equal(up(x)[..., 1::2, ::2] if resample else up(x), x)  # nearest
 
 def test_layers_equal_their_formulas_and_start_as_their_shortcut():
     """A new layer adds only a bias, time one per channel; no channel is normalised alone."""
@@ -535,7 +536,6 @@ def test_latents_are_normalised_and_taken_back_before_decoding():
     assert model.decode(z0 + 1e3).max() == 1
     other.load_state_dict(model.state_dict())  # holds what was measured, and three networks
     assert torch.equal(other.sample(2, steps=2), model.sample(2, steps=2))
-    assert model.mean.dtype == torch.float32
 
 @each("sampler", ["ddpm", "ddim", "dpm"])
 def test_sampled_image_does_not_depend_on_n_or_batch_and_hardly_on_precision(sampler):
@@ -551,7 +551,6 @@ def test_sampled_image_does_not_depend_on_n_or_batch_and_hardly_on_precision(sam
     model.ema_unet.register_forward_pre_hook(note_autocast)
     half, full = (model.sample(2, steps=2, dtype=dtype) for dtype in (torch.bfloat16, None))
     assert seen == [torch.bfloat16, torch.bfloat16, False, False]
-    assert half.dtype == full.dtype == torch.float32
     close(half, full, atol=0.05, rtol=0)
 
 def test_trace_and_progress_are_told_of_each_step(monkeypatch):
@@ -574,18 +573,15 @@ def test_trace_and_progress_are_told_of_each_step(monkeypatch):
 @each("wishes, word", [(dict(sampler="DDIM"), "DDIM.*ddpm.*ddim.*dpm"),
                        *((dict(steps=n), f"{n} .*1 to 50") for n in (-1, 0, 51))], ids=str)
 def test_impossible_wishes_are_refused(wishes, word):
-    """A sampler, number of steps, target or GAN loss that does not exist is a short error."""
+    """A sampler, number of steps or target that does not exist is a short error."""
     model = toy_ldm(4)
     model.scheduler = ldm.NoiseScheduler(50)
     with pytest.raises(ValueError, match=word):
         model.sample(1, **wishes)
     with pytest.raises(ValueError, match="x0.*eps.*v"):
         ldm.NoiseScheduler(target="x0")
-    for loss, count in ((ldm.generator_loss, 1), (ldm.discriminator_loss, 2)):
-        with pytest.raises(KeyError, match="wgan"):
-            loss("wgan", *[torch.zeros(2)] * count)
 
-# ---- 8. Settings, learning rate -----------------------------------------------------------------
+# ---- 8. Settings, optimiser ----------------------------------------------------------------------
 def test_settings_are_default_then_preset_then_given():
     """What the user gives wins over the data set's preset, which wins over the default."""
     cfg = ldm.resolve(ldm.AEConfig, dict(data="mnist", widths=[8, 8]))
@@ -660,10 +656,29 @@ def test_gradients_are_unscaled_then_clipped_and_the_average_of_weights_warms_up
         ldm.update_ema(ema, model, step)
         assert ema.weight.item() == pytest.approx(decay) and model.weight.item() == 0
 
+@each("rows, columns", [(12, 40), (40, 12)])
+def test_muon_makes_all_directions_alike_and_leaves_the_rest_to_adam(rows, columns):
+    """Singular values become 0.7 to 1.2, codes move by lr, and with an infinite loss all stays."""
+    net = nn.ModuleList([nn.Linear(columns, rows), nn.Embedding(5, 2)])
+    muon, scaler = ldm.Muon(net, (0.9, 0.99)), torch.amp.GradScaler("cpu", init_scale=8.0)
+    U, V = (torch.linalg.qr(torch.randn(n, 12))[0] for n in (rows, columns))
+    G = U @ torch.logspace(-2, 0, 12).diag() @ V.T
+    w, _, codes = before = [p.detach().clone() for p in net.parameters()]
+    for factor in (math.inf, 1):
+        assert all(map(torch.equal, before, net.parameters()))
+        loss = (net[0].weight * G).sum() + net[0].bias.sum() + net[1].weight.sum()
+        scaler.scale(factor * loss).backward()
+        ldm.optimise(scaler, muon, net, 0.01)
+        scaler.update()
+    values = U.T @ (w - net[0].weight) @ V / (0.4 * 0.01 * 40 ** 0.5)
+    close(values, values.diag().diag(), atol=0.01, rtol=0)
+    assert values.diag().min() > 0.65 and values.diag().max() < 1.25
+    close(codes - net[1].weight, torch.full((5, 2), 0.01))
+
 # ---- 9. Stage 1, and what both stages share -----------------------------------------------------
 @each("stage, net, term, settings", [
     ("ae", "ae", "recon", {}), ("ae", "ae", "recon", dict(ae="kl", amp="bf16")),
-    ("ae", "ae", "recon", dict(channels=1, amp="fp16", steps=40)),
+    ("ae", "ae", "recon", dict(channels=1, amp="fp16", steps=40, optimiser="muon")),
     ("ldm", "unet", "loss", dict(target="eps")), ("ldm", "unet", "loss", dict(amp="fp16"))])
 def test_both_stages_learn(train, stage, net, term, settings):
     """The loss falls within 60 steps, and half precision does not get into the weights."""
@@ -720,6 +735,7 @@ def first_gradient(train, monkeypatch):
         return torch.cat([state["exp_avg"].flatten() for state in states])
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     monkeypatch.setattr(torch, "randint", lambda high, size, **_: torch.full(size, high // 2))
+    monkeypatch.setattr(torch, "multinomial", lambda p, n, **_: torch.full([n], len(p) // 2))
     monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.ones(size))
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", Mock())
     return run
@@ -802,20 +818,18 @@ def latents(model, flip):
 
 @each("flip", [True, False])
 def test_unet_learns_from_normalised_latents_with_their_own_noise(train, monkeypatch, flip):
-    """It gets all 36 images, with --flip also mirrored, each with its own t from 0 to T-1."""
+    """It gets all 36 images, with --flip also mirrored, each with a t in proportion to alpha."""
     seen = spy(monkeypatch, ldm.NoiseScheduler, "add_noise")
-    highs = spy(monkeypatch, torch, "randint")
     monkeypatch.setattr(ldm, "held_out_loss", Mock(return_value=torch.zeros(())))  # it adds noise
     train("ldm", batch=200, flip=flip)
     n, model = 72 if flip else 36, ldm.load_ldm("new/ldm.pt")
-    assert {high for high, _ in highs} == {n, 1000}
     _, *parts = zip(*seen)
     z0, eps, t = map(torch.cat, parts)
     assert len(keys(z0)) == n
     expected = model.normalise(latents(model, flip)[0])
     assert torch.cdist(z0.flatten(1), expected.flatten(1)).min(1).values.max() < 0.02  # fp16
     assert len(keys(eps)) == 800 and abs(eps.std() - 1) < 0.02 and abs(eps.mean()) < 0.02
-    assert len(t.unique()) > 400 and t.min() < 30 and t.max() > 970
+    assert len(t.unique()) > 300 and t.min() < 30 and t.max() > 900 and 240 < t.float().mean() < 300
 
 @each("target, flip", [("v", True), ("eps", False)])
 def test_loaded_model_is_the_average_that_training_showed(train, monkeypatch, target, flip):
@@ -924,9 +938,8 @@ def test_eval_obeys_its_settings_and_each_figure_is_what_its_name_says(out, vgg,
         "LPIPS": lpips(x_rec, x).mean().item(),
         "FD, reconstructions": ldm.frechet_distance(rebuilt, real).item(),
         "FD, 4 samples (ddim, 3 steps)": ldm.frechet_distance(fake, real).item()})
-    changes = ({}, dict(seed=1), dict(sampler="ddpm"), dict(steps=20), dict(n=1),
-               dict(autoguidance=3))
-    tables = [list(figures(out, **change).values()) for change in changes]
+    tries = ({}, dict(seed=1), dict(sampler="ddpm"), dict(steps=9), dict(n=1), dict(autoguidance=3))
+    tables = [list(figures(out, **given).values()) for given in tries]
     assert all(math.isfinite(value) for table in tables for value in table)
     assert len({last for *_, last in tables}) == 6 and len({tuple(t[:-1]) for t in tables}) == 1
     (out / "ldm.pt").unlink()  # then the autoencoder alone, which is said
@@ -948,12 +961,10 @@ def test_toyfaces_are_all_different_and_pictures_take_back_to_float():
         assert np.array_equal(picture[::6, ::6].flatten(), np.arange(256)), change
 
 def test_every_kind_of_picture_is_decoded():
-    """Palettes, transparency, 1 to 16 bits, CMYK and odd tags give the right pixels or grey."""
+    """Palettes, transparency, 1 to 16 bits and odd tags give the right pixels or grey."""
     y, x = np.mgrid[:16, :16] * 17
     a, grey = np.stack([x, y, 255 - x, (x + y) // 2], axis=2).astype(np.uint8), np.uint8(x)
     rgb, three, opaque = a[..., :3], np.repeat(grey[..., None], 3, 2), a[..., 3:] / 255
-    cmyk = Image.merge("CMYK", Image.fromarray(a).split())
-    la = Image.merge("LA", Image.fromarray(a).split()[::3])
     palette = Image.fromarray(grey // 64).convert("P")
     palette.putpalette([10, 20, 30, 200, 0, 0, 0, 200, 0, 0, 0, 200])
     table = np.array([[255] * 3, [200, 0, 0], [0, 200, 0], [0, 0, 200]])  # index 0: see-through
@@ -963,10 +974,8 @@ def test_every_kind_of_picture_is_decoded():
     for name, image, options, expected in (
             ("one_bit.png", Image.fromarray(grey > 99), {}, (three > 99) * 255),
             ("sixteen_bits.png", Image.fromarray(deep), {}, deep[..., None] / 257 * np.ones(3)),
-            ("grey_alpha.png", la, {}, three * opaque + 255 * (1 - opaque)),
             ("palette.png", palette, {"transparency": 0}, table[grey // 64]),
             ("rgba.png", Image.fromarray(a), {}, rgb * opaque + 255 * (1 - opaque)),
-            ("cmyk.tif", cmyk, {}, np.asarray(cmyk.convert("RGB"))),
             ("broken_exif.png", Image.fromarray(rgb), {"exif": b"no header"}, rgb),
             ("long_text.png", Image.fromarray(rgb), {"pnginfo": text}, rgb)):
         image.save(name, **options)
@@ -1086,8 +1095,8 @@ def test_run_folder_has_what_was_asked_for_and_the_log_keeps_no_graph(train, sta
     assert alive() is None
 
 @each("stage, settings", [
-    ("ae", dict(accum=2)), ("ae", dict(ae="kl", gan_weight=1.0, disc_start=1)), ("ldm", {}),
-    ("ldm", dict(accum=2, target="eps", flip=False)), ("ldm", dict(amp="fp16"))], ids=str)
+    ("ae", dict(accum=2)), ("ae", GAN | dict(disc_start=1, optimiser="muon")), ("ldm", {}),
+    ("ldm", dict(accum=2, target="eps")), ("ldm", dict(amp="fp16", optimiser="muon"))], ids=str)
 def test_stopped_and_resumed_equals_one_go(train, stage, settings, monkeypatch):
     """Two steps, then two more, from one checkpoint, twice, give bit for bit those of four."""
     once, path = train(stage, "once", **settings), Path(f"new/{stage}.pt")
@@ -1309,8 +1318,7 @@ def test_without_a_compiler_training_goes_on(train, fake_cuda, monkeypatch, caps
 def test_mistakes_cost_one_sentence_and_create_nothing(monkeypatch, line, word):
     """Exit code 2 and a line that says what to do come without traceback or files."""
     monkeypatch.setattr(models.VGG16_Weights, "get_state_dict", None)
-    noise = torch.zeros(2000, 3, 32, 32, dtype=torch.uint8)  # quicker than faces
-    monkeypatch.setattr(ldm, "toyfaces", Mock(return_value=noise))
+    monkeypatch.setattr(ldm, "toyfaces", lambda *_: torch.zeros(2000, 3, 32, 32).byte())  # quick
     with refused(match=word):
         command(*line.split())
     assert not os.listdir()
@@ -1368,8 +1376,9 @@ def test_readme_commands_and_notebook_run_and_its_pictures_are_small(monkeypatch
     assert {f"assets/{p.name}" for p in (HERE / "assets").iterdir()} == pictures != set()
     assert sum((HERE / p).stat().st_size for p in pictures) < 1_000_000
 
-HOMEWORK = ["quantise", "add_noise", "z0_and_eps", "ddim_step", "generator_loss",
-            "discriminator_loss", "sinusoids", "learning_rate"]
+HOMEWORK = {"quantise": "quantiser", "add_noise": "inverts", "z0_and_eps": "inverts samplers",
+            "ddim_step": "samplers", "generator_loss": "gan_losses", "sinusoids": "sinusoids",
+            "discriminator_loss": "gan_losses", "learning_rate": "learning_rate_rises"}
 
 def blank(file, names):
     """For teachers: in a copy of ldm.py, replaces the bodies of these functions. This goes once
@@ -1385,11 +1394,8 @@ def blank(file, names):
             lines[body[0].lineno - 1:body[-1].end_lineno] = [todo]
     file.write_text("\n".join(lines) + "\n# homework\n", encoding="utf-8")
 
-@each(ids="abcdefgh", argnames="name, graders", argvalues=[
-    ("quantise", "quantiser"), ("add_noise", "inverts"), ("z0_and_eps", "inverts samplers"),
-    ("ddim_step", "samplers"), ("generator_loss", "gan_losses"), ("sinusoids", "sinusoids"),
-    ("discriminator_loss", "gan_losses"), ("learning_rate", "learning_rate_rises")])
-def test_homework_fails_its_own_tests_and_no_others(monkeypatch, name, graders):
+@each("name", HOMEWORK, ids="abcdefgh")
+def test_homework_fails_its_own_tests_and_no_others(monkeypatch, name):
     """With one body blanked, the tests that the README names for it fail, and others pass."""
     class Plugin:
         def pytest_runtest_logreport(self, report):
@@ -1407,7 +1413,7 @@ def test_homework_fails_its_own_tests_and_no_others(monkeypatch, name, graders):
     monkeypatch.setattr(ours, name, getattr(theirs, name))
     words = f"({' or '.join(graded)}) and not homework and not reproduce"
     pytest.main([__file__, "-qq", "--tb=no", "-pno:cacheprovider", "-k", words], [Plugin()])
-    assert failed == set(graders.split()), "not blanked, or not graded by these tests alone"
+    assert failed == set(HOMEWORK[name].split()), "not blanked, or not graded by these tests alone"
 
 if __name__ == "__main__":
     assert sys.argv[1:2] == ["homework"], "the tests are run by: pytest"
