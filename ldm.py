@@ -16,7 +16,7 @@ et al. 2022, arXiv 2112.10752) therefore trains two networks, one after the othe
 Read it from top to bottom: first the models, then their training, then what training needs.
    1 Blocks             6 UNet                             11 Sampling and evaluation
    2 Autoencoders       7 Latent diffusion, the samplers   12 Data
-   3 LPIPS              8 Settings, optimiser              13 Runs: files, log, pictures
+   3 LPIPS              8 Settings and optimisers          13 Runs: files, log, pictures
    4 PatchGAN           9 Stage 1: the autoencoder         14 Device and speed
    5 Noise scheduler   10 Stage 2: diffusion on latents    15 Command line
 
@@ -50,24 +50,27 @@ from torchvision.transforms import functional as TF
 
 # ---- 1. Blocks ---------------------------------------------------------------------------
 # A few blocks build everything below: encoder, decoder and UNet. They are those of DDPM (Ho et
-# al. 2020, arXiv 2006.11239, appendix B). At first ResBlock and attention add only a bias to
-# their shortcut, so that a gradient can pass a deep stack of them without fading.
+# al. 2020, arXiv 2006.11239, appendix B). Before training, a ResBlock or attention hands on its
+# input and adds only a bias, so that a gradient can pass a deep stack of them without fading.
 
 def group_norm(c):
-    # At most 32 groups. A channel alone in its group would lose its mean, so each group has at
-    # least 4: 48 channels make gcd(32, 12) = 4 groups of 12.
+    # The number of groups has to divide c. gcd(32, c // 4) does, is at most 32, and leaves at
+    # least 4 channels in each group, since a channel alone in its group would lose its mean.
     return nn.GroupNorm(math.gcd(32, c // 4), c)
 
 class Attention(nn.Module):
     """Lets every position look at every other one: (B, c, h, w) -> the same shape.
-    A convolution sees 3x3 neighbours. Attention is how the left eye learns of the right one."""
+    A convolution sees 3x3 neighbours. Attention is how the left eye learns of the right one. A
+    query says what a position looks for, a key what it offers, and a value what it hands over.
+    Each gets the mean of all values, weighted by how well its query fits their keys. Heads do
+    this side by side, each with its own share of the channels."""
     def __init__(self, c, heads):
         super().__init__()
         self.heads = heads
         self.norm = group_norm(c)
         self.qkv = nn.Linear(c, 3 * c)
         self.proj = nn.Linear(c, c)
-        nn.init.zeros_(self.proj.weight)  # at first it adds only a bias
+        nn.init.zeros_(self.proj.weight)  # before training it adds only a bias
 
     def forward(self, x):
         tokens = self.norm(x).flatten(2).transpose(1, 2)           # (B, h*w, c)
@@ -82,14 +85,14 @@ def norm_silu_conv(c_in, c_out):
 
 class ResBlock(nn.Module):
     """Two convolutions and a shortcut around them: (B, c_in, H, W) -> (B, c_out, H, W).
-    t_dim: the width of the time embedding t_emb (B, t_dim), which autoencoders do not have."""
+    t_dim: the width of t_emb (B, t_dim), which tells a UNet of the noise step (section 6)."""
     def __init__(self, c_in, c_out, t_dim=None):
         super().__init__()
         self.conv1 = norm_silu_conv(c_in, c_out)
         self.conv2 = norm_silu_conv(c_out, c_out)
         self.time = nn.Linear(t_dim, c_out) if t_dim else None
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2[-1].weight)  # at first, the shortcut and a bias
+        nn.init.zeros_(self.conv2[-1].weight)  # before training: the shortcut and a bias
 
     def forward(self, x, t_emb=None):
         y = self.conv1(x)                                          # (B, c_out, H, W)
@@ -98,7 +101,7 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + self.conv2(y)
 
 class Stack(nn.Sequential):
-    """Layers in a row. Of these, the ResBlocks are also given the time embedding."""
+    """Layers in a row. Only ResBlocks are also given t_emb."""
     def forward(self, x, t_emb=None):
         for layer in self:
             x = layer(x, t_emb) if isinstance(layer, ResBlock) else layer(x)
@@ -127,29 +130,30 @@ class MidBlock(Stack):
         self.append(ResBlock(c_out, c_out, t_dim))
 
 class UpBlock(nn.Module):
-    """(B, c_in, h, w) -> (B, c_out, 2h, 2w), or with up=False (B, c_out, h, w). A UNet hands
-    in a skip (B, c_skip, height and width of the output), which joins as further channels."""
+    """(B, c_in, h, w) -> (B, c_out, 2h, 2w), or with up=False (B, c_out, h, w). In a UNet
+    (section 6) there is also a skip, an earlier map of the output's size. Its c_skip channels
+    are put beside those of x between doubling and ResBlocks, so this is no Stack."""
     def __init__(self, c_in, c_out, layers, t_dim=None, heads=0, up=True, c_skip=0):
         super().__init__()
-        self.up = nn.Conv2d(c_in, c_in, 3, padding=1) if up else None
+        self.smooth = nn.Conv2d(c_in, c_in, 3, padding=1) if up else None
         self.blocks = Stack(*res_layers(c_in + c_skip, c_out, layers, t_dim, heads))
 
     def forward(self, x, t_emb=None, skip=None):
-        if self.up is not None:
-            # A transposed convolution can write some pixels more often than others and leave a
-            # checkerboard. Repeating each pixel and then convolving treats all of them alike.
-            # (nn.Upsample repeats them, too, but its gradient is slow when it is compiled.)
+        if self.smooth is not None:
+            # Each pixel becomes 2x2, then a convolution smooths. nn.ConvTranspose2d would do
+            # both in one, but writes some pixels more often than others, which can leave a
+            # checkerboard. nn.Upsample repeats, too, but compiled its gradient is slow.
             x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-            x = self.up(x)                                         # (B, c_in, 2h, 2w)
+            x = self.smooth(x)                                     # (B, c_in, 2h, 2w)
         if skip is not None:
-            x = torch.cat([x, skip], dim=1)                        # (B, c_in + c_skip, 2h, 2w)
+            x = torch.cat([x, skip], dim=1)                        # (B, c_in + c_skip, ...)
         return self.blocks(x, t_emb)
 
 
 # ---- 2. Autoencoders ---------------------------------------------------------------------
 # Stage 1 turns 256x256x3 numbers into 32x32x4. Why not a plain autoencoder? Its latents can
-# grow without limit, and nothing says what the points between them decode to, so that each
-# small error of stage 2 might show. There are two remedies, with the same networks.
+# be anywhere, and nothing says what the points between them decode to. Stage 2 never hits a
+# latent exactly, so its errors might show. There are two remedies, with the same networks.
 # VQVAE (van den Oord et al. 2017, arXiv 1711.00937) rounds: at each position the nearest of K
 # learnt vectors, the codes, replaces the encoder's own, z_e. The decoder sees only codes. Stage
 # 2 models z_e, before this rounding. A further loss, the commitment, keeps z_e near the codes,
@@ -182,7 +186,7 @@ def build_decoder(channels, widths, layers, z_channels):
         MidBlock(c, c, layers),
         # (B, 128, 64, 64), (B, 64, 128, 128), (B, 64, 256, 256)
         *[UpBlock(a, b, layers) for a, b in zip(widths, widths[1:])],
-        norm_silu_conv(widths[-1], channels))                      # clamped when shown, not here
+        norm_silu_conv(widths[-1], channels))                      # may leave [-1, 1]
 
 class VectorQuantizer(nn.Module):
     """Replaces each latent vector by the nearest of K learnt vectors, the codebook. Codes that
@@ -242,7 +246,7 @@ class VQVAE(nn.Module):
 
     def encode(self, x):
         """x (B, C, H, W) -> the continuous z_e (B, D, h, w), which is what stage 2 models."""
-        return self.encoder(x).float()  # autocast makes it bf16 or fp16
+        return self.encoder(x).float()  # under autocast it was bf16 or fp16
 
     def decode(self, z):
         """z (B, D, h, w) -> image (B, C, H, W). Quantising first rounds small errors away."""
@@ -256,9 +260,9 @@ class VAE(nn.Module):
         super().__init__()
         self.encoder = build_encoder(channels, widths, layers, 2 * z_channels)
         self.decoder = build_decoder(channels, widths, layers, z_channels)
-        # The second half of the encoder's output is logvar. It starts at -6, a deviation of
-        # 0.05. At 1 the noise would drown the image, and thousands of steps would go into
-        # making it smaller.
+        # The second half of the encoder's output is logvar, the log of the variance. It starts
+        # at -6, a deviation of 0.05. With a deviation of 1 the noise would drown the image, and
+        # thousands of steps would go into making it smaller.
         nn.init.constant_(self.encoder[-1].bias[z_channels:], -6.0)
 
     def forward(self, x):
@@ -267,7 +271,7 @@ class VAE(nn.Module):
         of image values, because the pixel loss is a mean, too."""
         mean, logvar = self.encoder(x).float().chunk(2, dim=1)     # each (B, D, h, w)
         logvar = logvar.clamp(-30, 20)                             # exp stays finite
-        # Drawing z has no gradient, but mean + std * eps has one for both (VAE, Eq. 10).
+        # Drawing z has no gradient, but mean + std * eps has one in both (VAE, Eq. 10).
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
         kl = -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum() / x.numel()
         return self.decoder(z).float(), {"kl": kl}
@@ -285,7 +289,8 @@ class VAE(nn.Module):
 # A latent cannot hold every hair. Where it leaves a detail undecided, the answer with the least
 # squared error is the mean of all that fit, and with the least absolute error their median.
 # Both are a blur. LPIPS (Zhang et al. 2018, arXiv 1801.03924) compares images by what a trained
-# classifier sees in them. There a blur is far from every photo, so the decoder has to choose.
+# classifier sees in them. In these features a blur is far from every photo, so the decoder
+# has to choose one sharp answer.
 
 class LPIPS(nn.Module):
     """Distance of two images as people see it: the `lpips` package with net="vgg", v0.1,
@@ -375,19 +380,19 @@ def discriminator_loss(kind, real, fake):
 
 # ---- 5. Noise scheduler ------------------------------------------------------------------
 # Noise goes in by one formula: z_t = alpha z0 + sigma eps, from nearly clean (t = 0) to nearly
-# pure noise (t = T-1). A network is shown z_t and t, and predicts what was mixed, which gives
-# a guess of z0. It cannot know z0. Trained by a squared error, it answers with the mean of all
-# z0 that fit z_t. At t = T-1 all images fit, and their mean is a blur. So a sampler mixes the
-# guess again, with slightly less noise, and asks again. Less noise hides less, so fewer images
-# fit now, and their mean is sharper. At the end only one is left. Papers: DDPM (Ho et al. 2020,
-# arXiv 2006.11239), DDIM (Song et al. 2020, 2010.02502), DPM-Solver++ (Lu et al. 2022,
-# 2211.01095).
+# pure noise (t = T-1). A network is shown z_t and t, and predicts eps, or v, a mix of both,
+# from which a guess of z0 follows. It cannot know z0. Trained by a squared error, it answers
+# with the mean of all z0 that fit z_t. At t = T-1 all images fit, and their mean is a blur. So
+# a sampler mixes its guess with noise again, slightly less than before, and asks again. Less
+# noise hides less, so fewer images fit now, and their mean is sharper. At the end only one is
+# left. Papers: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2020, 2010.02502),
+# DPM-Solver++ (Lu et al. 2022, 2211.01095).
 
 class NoiseScheduler(nn.Module):
     """How much noise there is at each step, and how to go from one step to another.
     Steps t = 0 .. T-1 are the papers' 1 .. T. alpha and sigma have one entry more, 1 and 0, for
-    a clean latent. It is the last one, which Python also calls [-1], so a clean latent has
-    t = -1. alpha^2 + sigma^2 = 1 keeps the variance of z0, which is 1.
+    a clean latent. As Python calls the last entry [-1], that is step t = -1. Since alpha^2 +
+    sigma^2 = 1 and z0 has variance 1, z_t has variance 1 at each step.
     target: what the network predicts, "eps" or "v" = alpha eps - sigma z0 (Salimans & Ho 2022,
     arXiv 2202.00512). At t = T-1 z_t is almost eps, so predicting eps teaches nothing there. v
     is almost -z0 at that end and almost eps at the other: never trivial."""
@@ -397,9 +402,9 @@ class NoiseScheduler(nn.Module):
             raise ValueError(f"no target {target!r}; choose eps or v")
         self.T = T
         self.target = target
-        # beta: the variance that one step adds; abar: the share of z0's variance that is left.
-        # This is LDM's schedule for faces, for T = 1000. Our alpha is sqrt(abar); what DDPM
-        # calls alpha is 1 - beta.
+        # In DDPM each step leaves 1 - beta of the variance and adds noise of variance beta. So
+        # abar, the product of all 1 - beta so far, is what is left of z0's. Our alpha is its
+        # root; what DDPM calls alpha is 1 - beta. These beta are LDM's for faces and T = 1000.
         beta = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, T, dtype=torch.float64) ** 2
         abar = torch.cumprod(1 - beta, dim=0).tolist() + [1.0]     # T + 1 numbers
         self.alpha = [math.sqrt(a) for a in abar]
@@ -417,6 +422,14 @@ class NoiseScheduler(nn.Module):
         """What the network should answer to the z_t of add_noise, (B, D, h, w)."""
         alpha, sigma = self.table[:, t, None, None, None]
         return eps if self.target == "eps" else alpha * eps - sigma * z0
+
+    def step_weights(self):
+        """How often each step is drawn in training, (T,): evenly for eps, as in DDPM, but in
+        proportion to alpha for v. At noisy steps the best v is a blur, which is soon learnt,
+        but its error stays large and would dominate the gradient. That of eps is small there.
+        """
+        alpha = self.table[0, :-1]  # without the entry for a clean latent
+        return alpha if self.target == "v" else torch.ones_like(alpha)
 
     def z0_and_eps(self, pred, z_t, t):
         """The network's answer pred to z_t at step t (an int), as estimates of z0 and eps.
@@ -439,9 +452,10 @@ class NoiseScheduler(nn.Module):
         return list(zip(t, t[1:]))
 
     def ddpm_step(self, z0, z_t, t, t_next, noise):
-        """Draws z at t_next from q(z_next | z_t, z0), DDPM Eq. 6 and 7: it takes more noise out
-        than DDIM, and adds new. The formula takes the estimate z0 for the truth, which is
-        nearly right for a short step only: any t_next < t runs, but few steps look bad."""
+        """Draws z at t_next. If z0 and z_t are known, it has a Gaussian distribution: its mean
+        lies between the two, weighted by how much each tells (DDPM Eq. 6 and 7). So more noise
+        is taken out than by DDIM, and new noise added. The formula takes the estimate z0 for
+        the truth, which is nearly right for a short step only, so few steps look bad."""
         a = (self.alpha[t] / self.alpha[t_next]) ** 2  # what DDPM calls alpha_t, if t_next = t - 1
         beta = 1 - a
         z0_weight = self.alpha[t_next] * beta / self.sigma[t] ** 2
@@ -455,10 +469,10 @@ class NoiseScheduler(nn.Module):
         return self.alpha[t_next] * z0 + self.sigma[t_next] * eps
 
     def dpm_step(self, z0, z_t, t, t_next, previous=None):
-        """DPM-Solver++(2M), Algorithm 2. DDIM keeps its estimate of z0 for a whole step. But it
-        changes on the way, about evenly in lambda = log(alpha / sigma), so this takes
-        the one for mid-step, on the line through the network's last two estimates. previous:
-        (t, z0) of the step before, as the network gave it."""
+        """DPM-Solver++(2M), Algorithm 2. DDIM keeps its estimate of z0 for a whole step. But that
+        estimate changes on the way, about evenly in lambda = log(alpha / sigma). So this draws
+        a line through the network's last two estimates and takes its value in the middle of the
+        step. previous: (t, z0) of the step before, as the network gave it."""
         if previous is not None and t_next >= 0:  # at t = -1 lambda is infinite: plain DDIM
             steps = (previous[0], t, t_next)
             lam_before, lam, lam_next = (math.log(self.alpha[i] / self.sigma[i]) for i in steps)
@@ -510,7 +524,7 @@ class UNet(nn.Module):
             up = UpBlock(c_in, widths[max(i - 1, 0)], **args, up=halve, c_skip=c_in)
             self.up_blocks.insert(0, up)  # the way up mirrors the way down
         self.out = norm_silu_conv(c, z_channels)
-        nn.init.zeros_(self.out[-1].weight)  # its first answers are near 0, its loss is near 1
+        nn.init.zeros_(self.out[-1].weight)  # at first it answers 0, and the loss is about 1
 
     def forward(self, z_t, t):
         x = self.conv_in(z_t)                                      # (B, 192, 32, 32)
@@ -527,8 +541,8 @@ class UNet(nn.Module):
 
 # ---- 7. Latent diffusion -----------------------------------------------------------------
 # Everything that new images need is kept here: an autoencoder, a scheduler, the mean and
-# deviation of the latents, and two running averages of the UNet that Adam trains, but not that
-# UNet itself. The late average is over the last training steps, and jitters less than the
+# deviation of the latents, and two running averages of the UNet in training, but not that UNet
+# itself. The late average is over the last training steps, and jitters less than the
 # weights. The early one was stopped after a fifth of the training. With the same data and the
 # same weaknesses it errs in the same directions, only further. So the step from its answer to
 # the late one leads away from these errors, and one 1.5 times as long is better still:
@@ -589,7 +603,7 @@ class LatentDiffusion(nn.Module):
         z0, _ = self.denoise(z_t, t, autoguidance)
         return self.scheduler.dpm_step(z0, z_t, t, t_next, previous), z0
 
-    # Plain functions and not bound methods, so `sample` passes self.
+    # Functions in a dict do not know their object, so `sample` passes self.
     SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm}
 
     def draw_noise(self, generators):
@@ -626,7 +640,7 @@ class LatentDiffusion(nn.Module):
         return torch.cat(images)
 
 
-# ---- 8. Settings -------------------------------------------------------------------------
+# ---- 8. Settings and optimisers ----------------------------------------------------------
 # Here the lecture turns from models to training. A dataclass holds the settings of a command,
 # and the command line is made from its fields. The defaults are the recipe for 256x256 photos.
 # Beside them stands what is different for the two small data sets, toyfaces and mnist.
@@ -653,7 +667,7 @@ class TrainConfig(RunConfig):
                          toyfaces=False, mnist=False)
     accum: int = flag(1, "batches per step; if memory is short, double this and halve --batch",
                       group="optimisation")
-    optimiser: str = flag("adam", "adam, or muon: fewer and slower steps", "adam", "muon",
+    optimiser: str = flag("adam", "muon needs fewer steps, each a bit slower", "adam", "muon",
                           toyfaces="muon")
 
 @dataclass
@@ -679,7 +693,7 @@ class AEConfig(TrainConfig):
     gan_weight: float = flag(0.05, "highest weight of GAN; 0: off", low=0, toyfaces=0.0, mnist=0.0)
     gan: str = flag("hinge", "kind of GAN loss", "bce", "lsgan", "hinge")
     disc_start: int = flag(None, "steps without GAN; if not given, a quarter of all", low=0)
-    pictures: str = ""  # no flag: train_ae notes here which pictures it found
+    pictures: str = ""  # no flag: train_ae notes a checksum of its pictures here
 
 @dataclass
 class LDMConfig(TrainConfig):
@@ -769,65 +783,84 @@ def resolve(cls, given):
                 f"because the encoder halves it {len(cfg.widths) - 1} times")
     return cfg
 
-# What follows is for both stages, but for the last function, which is for stage 2 alone.
+# The rest of this section is for both stages, except update_ema, which only stage 2 uses.
 
 def learning_rate(cfg, step):
     """Rises evenly over the first 500 steps, or 5 % if that is less, stays at cfg.lr, and falls
-    evenly in the second half, to cfg.lr / (cfg.steps / 2) in the last step, so Adam settles."""
+    evenly in the second half, almost to 0, so that the weights come to rest."""
     rise = step / min(500, 0.05 * cfg.steps)
     fall = (cfg.steps + 1 - step) / (0.5 * cfg.steps)
     return cfg.lr * min(1, rise, fall)
 
+# Adam scales each number of a gradient for itself. But a weight is a matrix: c_out rows, one
+# for each output, and all else in the columns. It turns patterns of inputs into patterns of
+# outputs. A few patterns are in every batch. They dominate the gradient, and so Adam's steps.
+# Muon (MomentUm, Orthogonalised: Jordan et al. 2024, kellerjordan.github.io/posts/muon) takes a
+# step of the same length for each pattern, so that rare ones are learnt, too. On toy faces it
+# needs half as many steps as Adam.
+
 class Muon(torch.optim.Adam):
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the weights of Conv2d and
-    Linear, and Adam for all other parameters of a network.
-    Such a weight is a matrix of c_out rows. A few directions are strong in its gradient, and
-    many are weak. Adam scales each number for itself, which leaves it so. Muon makes all
-    directions equally strong, so that rare features are learnt early, too: on toy faces it is
-    as good as Adam after half the steps."""
+    """Muon for the weights of Conv2d and Linear. All other parameters of the network (biases,
+    norms, a codebook) are left to Adam, which the betas are for. optimise sets lr."""
     def __init__(self, net, betas):
         super().__init__(net.parameters(), betas=betas, fused=True)
-        self._step_supports_amp_scaling = False  # GradScaler itself leaves out steps with overflow
-        self.weights = [m.weight for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        # A fused Adam tells GradScaler (see optimise) that it handles overflow in fp16 itself.
+        # Muon does not, so this makes GradScaler leave out such a step.
+        self._step_supports_amp_scaling = False
+        self.matrices = {}  # {shape: weights}: those of one shape are stacked, which is faster
+        for layer in net.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                w = layer.weight
+                self.matrices.setdefault(w.shape, []).append(w)
+                # exp_avg is Adam's name for a mean of gradients. Without step it cannot load.
+                self.state[w].update(exp_avg=torch.zeros_like(w), step=torch.zeros(()))
 
     @staticmethod
     def orthogonalise(G):
-        """A matrix G -> the one with the same singular vectors and singular values of about 1.
-        A round makes 3.4445 s - 4.775 s^3 + 2.0315 s^5 of a singular value s. That lifts small
-        ones quickly and keeps large ones at 0.7 to 1.2, and needs only matrix products."""
-        X = G / (G.norm() + 1e-12)  # now no singular value is above 1
+        """Makes all directions of matrices G (n, rows, columns) equally strong.
+        G = U S V^T: U and V only rotate, and S stretches each direction by a number s, its
+        singular value. We want U V^T, where each s is 1. If X = U S V^T, then X X^T X is
+        U S^3 V^T, and (X X^T)^2 X is U S^5 V^T. So products of X change s and nothing else.
+        Five times s -> 3.4445 s - 4.775 s^3 + 2.0315 s^5, with Jordan's numbers, take nearly
+        every s to 0.7 .. 1.2, much faster than a decomposition (after Newton and Schulz)."""
+        X = G / (G.norm(dim=(1, 2), keepdim=True) + 1e-12)  # the root of the sum of all s^2
         if X.is_cuda:
-            X = X.half()  # much faster, and precise enough
+            X = X.half()  # faster, and s need not be precise
         for _ in range(5):
-            A = X @ X.T
-            B = torch.addmm(A, A, A, beta=-4.775, alpha=2.0315)  # -4.775 A + 2.0315 A A
-            X = torch.addmm(X, B, X, beta=3.4445)  # 3.4445 X + B X
+            XXT = X @ X.mT
+            poly = torch.baddbmm(XXT, XXT, XXT, beta=-4.775, alpha=2.0315)
+            X = torch.baddbmm(X, poly, X, beta=3.4445)  # 3.4445 X + poly X
         return X.float()
 
     @torch.no_grad()
     def step(self, closure=None):
         lr = self.param_groups[0]["lr"]
-        for w in self.weights:
-            state = self.state[w]
-            if not state:  # Adam never uses this step, but looks for it when it is loaded
-                state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(w))
-            momentum = state["exp_avg"].lerp_(w.grad, 0.05)  # a mean over 20 steps or so
-            G = w.grad.lerp(momentum, 0.95).flatten(1)  # (c_out, all others)
-            # A matrix with fewer rows than columns needs the least work.
-            X = self.orthogonalise(G) if G.shape[0] < G.shape[1] else self.orthogonalise(G.T).T
-            # The root mean square of X is 1 / sqrt(its longer side). So each number moves by
-            # about 0.4 lr, much like in a step of Adam, and lr can stay (cf. arXiv 2502.16982).
-            w.sub_(X.reshape(w.shape), alpha=0.4 * lr * max(X.shape) ** 0.5)
-            w.grad = None  # now Adam passes it over
+        for shape, weights in self.matrices.items():
+            grads = [w.grad for w in weights]
+            momenta = [self.state[w]["exp_avg"] for w in weights]
+            # a.lerp(b, r) is (1 - r) a + r b. So momenta are running means of the gradient.
+            # G is what they would become if the same gradient came again (Nesterov).
+            torch._foreach_lerp_(momenta, grads, 0.05)
+            G = torch.stack(torch._foreach_lerp(momenta, grads, 0.05)).flatten(2)
+            # (n, c_out, all else). A tall matrix is transposed, so that X X^T is small.
+            X = self.orthogonalise(G) if G.shape[1] < G.shape[2] else self.orthogonalise(G.mT).mT
+            # The squares of all numbers sum to the squares of all s, here to the shorter side.
+            # So a number of X is about 1 / sqrt(longer side). This makes it 0.4 lr, as in a
+            # step of Adam (cf. Liu et al. 2025, arXiv 2502.16982), so one lr does for both.
+            size = 0.4 * lr * max(G.shape[1:]) ** 0.5
+            torch._foreach_add_(weights, list(X.reshape(-1, *shape)), alpha=-size)
+            for w in weights:
+                w.grad = None  # Adam leaves parameters without a gradient as they are
         super().step()
 
 def build_optimiser(cfg, net, betas):
+    """Muon or Adam, as cfg says. betas: how long Adam remembers gradients and their squares."""
     if cfg.optimiser == "muon":
         return Muon(net, betas)
-    return torch.optim.Adam(net.parameters(), betas=betas, fused=True)
+    return torch.optim.Adam(net.parameters(), betas=betas, fused=True)  # fused: one GPU kernel
 
 def optimise(scaler, optimiser, net, lr):
-    """One step with the gradients at hand, whose norm is cut to 1 at most. Then zeroes them."""
+    """One step with the gradients at hand, whose norm is cut to 1 at most. Then clears them."""
     optimiser.param_groups[0]["lr"] = lr
     # In fp16 the loss was scaled up, lest small gradients become 0. This scales them back.
     scaler.unscale_(optimiser)
@@ -837,8 +870,8 @@ def optimise(scaler, optimiser, net, lr):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema = decay ema + (1 - decay) model: an average over the last 200 steps or so. It is
-    shorter at first, because the random start would stay in it for long."""
+    """ema = decay ema + (1 - decay) model: an average over the last 200 steps or so. At step n
+    it is over the last n / 9 steps only, as the random start would stay in it for long."""
     decay = min(0.995, (1 + step) / (10 + step))
     # All weights in one go: a loop over them would add 8 % to a step of the UNet (H100).
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -851,7 +884,7 @@ def update_ema(ema, model, step):
 # gradient is as large as that of the reconstruction. Here it rises over 1000 steps, so that an
 # untrained discriminator does no harm, and then falls with the learning rate. Without that
 # fall, coloured grain stays in the eyes of the faces. Run (section 13) counts the steps, logs
-# and saves, and optimise (section 8) clips gradients, takes a step of Adam, and zeroes them.
+# and saves, and optimise (section 8) clips gradients, takes a step, and clears them.
 
 LPIPS_WEIGHTS = Path(__file__).resolve().with_name("lpips_weights.pth")
 
@@ -899,7 +932,7 @@ def train_ae(cfg):
         lr = learning_rate(cfg, step)
         ramp = min(1, max(0, step - disc_start) / 1000)
         weights["gan"] = cfg.gan_weight * ramp * lr / cfg.lr
-        if cfg.ae == "vq" and step % 100 == 1:  # 1, 101, ..: once step 100 has logged usage
+        if cfg.ae == "vq" and step % 100 == 1:  # at 1, 101, ..: after usage was logged
             with torch.no_grad(), autocast(device, dtype):
                 ae.quantizer.restart(ae.encode(draw_images(images, cfg, device)))
 
@@ -951,7 +984,7 @@ def train_ae(cfg):
 # ---- 10. Stage 2 -------------------------------------------------------------------------
 # The autoencoder is frozen now, so the images are encoded once, before the first step.
 # Then a step is short: draw latents, noise and steps t, mix them, let the UNet predict, and
-# take the squared error (DDPM Eq. 14, where the target is eps). A loss near 0.4 is no failure:
+# take the squared error (DDPM Eq. 14, for eps). A loss near 0.4 on photos is no failure:
 # nobody can tell exactly which part of z_t is image and which is noise. The loss hardly falls
 # while the samples get better, so look at the pictures. The held-out loss, on images that are
 # never trained on, rises if the UNet learns the others by heart.
@@ -969,7 +1002,7 @@ def load_autoencoder(path, device):
 
 def load_same_images(cfg, ae_cfg):
     """The images that an autoencoder was trained on, and those held out. Raises UserError for
-    others: they would be split in another way, and those held out might have been seen."""
+    others, since some that are held out now might have been trained on then."""
     data, root = cfg.data or ae_cfg.data, cfg.data_root or ae_cfg.data_root
     images, held_out, pictures = load_images(replace(ae_cfg, data=data, data_root=root))
     require(pictures == ae_cfg.pictures, f"--data {data}: stage 1 saw other pictures; give those "
@@ -996,15 +1029,16 @@ def encode_images(ae, images, device, dtype):
 
 @torch.no_grad()
 def held_out_loss(ldm, z0, dtype):
-    """The loss of the averaged UNet on z0 (B, D, h, w), always with the same noise and t. Here t
-    is spread evenly, so errors are weighted by alpha. In training alpha is how often t comes."""
+    """The loss of ema_unet on z0 (B, D, h, w), always with the same noise and t. The first
+    image has t = 0, the last T-1, and the others lie evenly between. So each error counts as
+    often as its t would be drawn, and the mean can be compared with the training loss."""
     eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0)).to(z0.device)
     t = torch.linspace(0, ldm.scheduler.T - 1, len(z0), device=z0.device).round().long()
     with autocast(z0.device, dtype):
         pred = ldm.ema_unet(ldm.scheduler.add_noise(z0, eps, t), t)
     errors = (pred - ldm.scheduler.target_of(z0, eps, t)).square().mean((1, 2, 3))
-    alpha = ldm.scheduler.table[0, t]
-    return (alpha * errors).sum() / alpha.sum()
+    weights = ldm.scheduler.step_weights()[t]
+    return (weights * errors).sum() / weights.sum()
 
 def train_ldm(cfg):
     """Trains a UNet up to cfg.steps and leaves ldm.pt in cfg.out. Raises UserError."""
@@ -1016,7 +1050,7 @@ def train_ldm(cfg):
 
     torch.manual_seed(cfg.seed)
     ldm = place(build_ldm(cfg, ae, ae_cfg), device).requires_grad_(False)
-    unet = copy.deepcopy(ldm.ema_unet).requires_grad_(True)  # the third copy, for Adam
+    unet = copy.deepcopy(ldm.ema_unet).requires_grad_(True)  # the third copy, which is trained
     opt = build_optimiser(cfg, unet, betas=(0.9, 0.99))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run = Run(cfg, "ldm", dict(unet=unet, ldm=ldm, opt=opt, scaler=scaler))
@@ -1035,9 +1069,7 @@ def train_ldm(cfg):
             z = z_all[torch.randint(len(z_all), (cfg.batch,), device=device)]
             z0 = ldm.normalise(z)                                  # (B, D, h, w)
             eps = torch.randn_like(z0)
-            # Noisy steps are drawn less often, in proportion to alpha. There the best answer is
-            # a blur, which is soon learnt, but its large error would drown those of the others.
-            t = torch.multinomial(ldm.scheduler.table[0, :-1], cfg.batch, replacement=True)
+            t = torch.multinomial(ldm.scheduler.step_weights(), cfg.batch, replacement=True)
             z_t = ldm.scheduler.add_noise(z0, eps, t)
             with autocast(device, dtype):
                 loss = F.mse_loss(unet(z_t, t), ldm.scheduler.target_of(z0, eps, t))
