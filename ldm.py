@@ -49,9 +49,9 @@ from torchvision.transforms import functional as TF
 
 
 # ---- 1. Blocks ---------------------------------------------------------------------------
-# A few blocks build everything below: encoder, decoder and UNet. They are those of DDPM (Ho et
-# al. 2020, arXiv 2006.11239, appendix B). Before training, a ResBlock or attention hands on its
-# input and adds only a bias, so that a gradient can pass a deep stack of them without fading.
+# A few blocks build encoder, decoder and UNet. They are those of DDPM (Ho et
+# al. 2020, arXiv 2006.11239, appendix B). Before training, a ResBlock or attention adds only
+# a bias to its shortcut, so that a gradient can pass a deep stack of them without fading.
 
 def group_norm(c):
     # The number of groups has to divide c. gcd(32, c // 4) does, is at most 32, and leaves at
@@ -142,7 +142,7 @@ class UpBlock(nn.Module):
         if self.smooth is not None:
             # Each pixel becomes 2x2, then a convolution smooths. nn.ConvTranspose2d would do
             # both in one, but writes some pixels more often than others, which can leave a
-            # checkerboard. nn.Upsample repeats, too, but compiled its gradient is slow.
+            # checkerboard. nn.Upsample repeats, too, but its compiled gradient is slow.
             x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
             x = self.smooth(x)                                     # (B, c_in, 2h, 2w)
         if skip is not None:
@@ -160,8 +160,8 @@ class UpBlock(nn.Module):
 # and rounding on the way to the decoder repairs small errors.
 # VAE (Kingma & Welling 2013, arXiv 1312.6114) adds noise to the latent while it trains, so that
 # neighbours have to mean similar images. The encoder could escape by making the noise small or
-# the latents huge. The KL loss makes both expensive. Its weight is small, since stage 2 learns
-# by itself how latents are spread, and more noise would blur the images.
+# the latents huge. The KL loss, a distance to N(0, 1), punishes both. Its weight is small:
+# stage 2 learns whatever spread the latents have, and a large one adds noise, which blurs.
 
 def build_encoder(channels, widths, layers, c_out):
     """Image (B, C, H, W) -> (B, c_out, h, w). Each width after the first halves the sides, so
@@ -173,8 +173,8 @@ def build_encoder(channels, widths, layers, c_out):
         # (B, 64, 128, 128), (B, 128, 64, 64), (B, 256, 32, 32)
         *[DownBlock(a, b, layers) for a, b in zip(widths, widths[1:])],
         MidBlock(c, c, layers),                                    # (B, 256, 32, 32)
-        norm_silu_conv(c, c_out),                                  # (B, 4, 32, 32)
-        nn.Conv2d(c_out, c_out, 1))                                # mixes and scales, as in VQGAN
+        norm_silu_conv(c, c_out),                                  # (B, c_out, 32, 32)
+        nn.Conv2d(c_out, c_out, 1))                                # it only mixes the channels
 
 def build_decoder(channels, widths, layers, z_channels):
     """Latent (B, D, h, w) -> image (B, C, H, W): the encoder, mirrored."""
@@ -200,7 +200,7 @@ class VectorQuantizer(nn.Module):
     def quantise(self, z_e):
         """z_e (B, D, h, w) -> z_q (B, D, h, w), the codes e_k with the least |z_e - e_k|^2
         (VQVAE's Eq. 1 and 2), and their indices k (B, h, w). The distances are float32, because
-        in bf16 many a vector would get a wrong code."""
+        with 16 bits (section 14) many a vector would get a wrong code."""
         with torch.autocast(z_e.device.type, enabled=False):
             z = z_e.movedim(1, -1)                                     # (B, h, w, D)
             dist = torch.cdist(z.flatten(0, 2), self.codebook.weight)  # (B*h*w, K)
@@ -246,7 +246,7 @@ class VQVAE(nn.Module):
 
     def encode(self, x):
         """x (B, C, H, W) -> the continuous z_e (B, D, h, w), which is what stage 2 models."""
-        return self.encoder(x).float()  # under autocast it was bf16 or fp16
+        return self.encoder(x).float()  # it may have 16 bits (section 14)
 
     def decode(self, z):
         """z (B, D, h, w) -> image (B, C, H, W). Quantising first rounds small errors away."""
@@ -261,8 +261,8 @@ class VAE(nn.Module):
         self.encoder = build_encoder(channels, widths, layers, 2 * z_channels)
         self.decoder = build_decoder(channels, widths, layers, z_channels)
         # The second half of the encoder's output is logvar, the log of the variance. It starts
-        # at -6, a deviation of 0.05. With a deviation of 1 the noise would drown the image, and
-        # thousands of steps would go into making it smaller.
+        # near -6, a deviation of 0.05. With 1 the noise would drown the image, and thousands of
+        # steps would go into making it smaller.
         nn.init.constant_(self.encoder[-1].bias[z_channels:], -6.0)
 
     def forward(self, x):
@@ -311,8 +311,8 @@ class LPIPS(nn.Module):
             raise FileNotFoundError(
                 f"LPIPS needs {weights}, which comes with ldm.py, and {path}, which is downloaded. "
                 f"One is missing or damaged, or the download failed ({type(error).__name__}). "
-                "Delete a damaged one, go online, and try again. train-ae can do without: "
-                "--perceptual-weight 0") from error
+                "Get the first again, or delete the second and go online. train-ae can do without "
+                "both: --perceptual-weight 0") from error
         cuts = (0, 4, 9, 16, 23, 30)  # the slices end with relu1_2, 2_2, 3_3, 4_3, 5_3
         self.slices = nn.ModuleList(net[a:b] for a, b in zip(cuts, cuts[1:]))
         # ImageNet's mean and deviation per channel, for images in [-1, 1].
@@ -341,8 +341,9 @@ class LPIPS(nn.Module):
 
 # ---- 4. PatchGAN -------------------------------------------------------------------------
 # LPIPS alone still leaves skin too smooth. So a second network, the discriminator, learns to
-# tell photos from reconstructions, and the decoder learns to fool it. It judges patches and
-# not whole images (Isola et al. 2017, arXiv 1611.07004), because texture is what is missing.
+# tell photos from reconstructions, and the decoder, as generator, learns to fool it: a GAN. It
+# judges patches and not whole images (Isola et al. 2017, arXiv 1611.07004), because texture is
+# what is missing.
 
 class PatchGAN(nn.Module):
     """Images (B, C, H, W), at least 16x16 -> scores (B, 1, h', w') of patches; high is real."""
@@ -380,13 +381,13 @@ def discriminator_loss(kind, real, fake):
 
 # ---- 5. Noise scheduler ------------------------------------------------------------------
 # Noise goes in by one formula: z_t = alpha z0 + sigma eps, from nearly clean (t = 0) to nearly
-# pure noise (t = T-1). A network is shown z_t and t, and predicts eps, or v, a mix of both,
-# from which a guess of z0 follows. It cannot know z0. Trained by a squared error, it answers
-# with the mean of all z0 that fit z_t. At t = T-1 all images fit, and their mean is a blur. So
-# a sampler mixes its guess with noise again, slightly less than before, and asks again. Less
-# noise hides less, so fewer images fit now, and their mean is sharper. At the end only one is
-# left. Papers: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2020, 2010.02502),
-# DPM-Solver++ (Lu et al. 2022, 2211.01095).
+# pure noise (t = T-1). A network is shown z_t and t, and predicts eps, or v, made of eps and
+# z0, from which a guess of z0 follows. It cannot know z0. Trained by a squared error, it
+# answers with the mean of all z0 that fit z_t. At t = T-1 all images fit, and their mean is a
+# blur. So a sampler mixes its guess with noise again, slightly less than before, and asks
+# again. Less noise hides less, so fewer images fit now, and their mean is sharper. At the end
+# only one is left. Papers: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2020,
+# 2010.02502), DPM-Solver++ (Lu et al. 2022, 2211.01095).
 
 class NoiseScheduler(nn.Module):
     """How much noise there is at each step, and how to go from one step to another.
@@ -425,9 +426,8 @@ class NoiseScheduler(nn.Module):
 
     def step_weights(self):
         """How often each step is drawn in training, (T,): evenly for eps, as in DDPM, but in
-        proportion to alpha for v. At noisy steps the best v is a blur, which is soon learnt,
-        but its error stays large and would dominate the gradient. That of eps is small there.
-        """
+        proportion to alpha for v. At noisy steps even the best v, a blur, leaves a large
+        error, which only makes the gradient noisy. With eps this error is small."""
         alpha = self.table[0, :-1]  # without the entry for a clean latent
         return alpha if self.target == "v" else torch.ones_like(alpha)
 
@@ -452,10 +452,10 @@ class NoiseScheduler(nn.Module):
         return list(zip(t, t[1:]))
 
     def ddpm_step(self, z0, z_t, t, t_next, noise):
-        """Draws z at t_next. If z0 and z_t are known, it has a Gaussian distribution: its mean
-        lies between the two, weighted by how much each tells (DDPM Eq. 6 and 7). So more noise
-        is taken out than by DDIM, and new noise added. The formula takes the estimate z0 for
-        the truth, which is nearly right for a short step only, so few steps look bad."""
+        """Draws z at t_next, which is Gaussian if z0 and z_t are known (DDPM Eq. 6 and 7). Its
+        mean mixes the two, with less of z_t's noise than t_next is to have. New noise makes up
+        for the rest. The formula takes the estimate z0 for the truth, which is nearly right for
+        short steps only, so it needs many."""
         a = (self.alpha[t] / self.alpha[t_next]) ** 2  # what DDPM calls alpha_t, if t_next = t - 1
         beta = 1 - a
         z0_weight = self.alpha[t_next] * beta / self.sigma[t] ** 2
@@ -469,10 +469,10 @@ class NoiseScheduler(nn.Module):
         return self.alpha[t_next] * z0 + self.sigma[t_next] * eps
 
     def dpm_step(self, z0, z_t, t, t_next, previous=None):
-        """DPM-Solver++(2M), Algorithm 2. DDIM keeps its estimate of z0 for a whole step. But that
-        estimate changes on the way, about evenly in lambda = log(alpha / sigma). So this draws
-        a line through the network's last two estimates and takes its value in the middle of the
-        step. previous: (t, z0) of the step before, as the network gave it."""
+        """DPM-Solver++(2M), Algorithm 2. DDIM asks for z0 once a step. Asked in between, the
+        network would change its answer, about evenly in lambda = log(alpha / sigma). So this
+        draws a line through its last two answers and takes the value in the middle of the step.
+        previous: (t, z0) of the step before, as the network gave it."""
         if previous is not None and t_next >= 0:  # at t = -1 lambda is infinite: plain DDIM
             steps = (previous[0], t, t_next)
             lam_before, lam, lam_next = (math.log(self.alpha[i] / self.sigma[i]) for i in steps)
@@ -520,11 +520,12 @@ class UNet(nn.Module):
             args = dict(layers=layers, t_dim=t_dim, heads=4)
             c_in, c_out, halve = widths[i], widths[i + 1], i < downs
             self.down_blocks.append(DownBlock(c_in, c_out, **args, down=halve))
-            # Up block i gets widths[i] from below and by the skip, and makes widths[i - 1].
+            # Up block i gets widths[i] from below and by the skip, and makes widths[i - 1]. The
+            # last one, 0, makes widths[0].
             up = UpBlock(c_in, widths[max(i - 1, 0)], **args, up=halve, c_skip=c_in)
             self.up_blocks.insert(0, up)  # the way up mirrors the way down
         self.out = norm_silu_conv(c, z_channels)
-        nn.init.zeros_(self.out[-1].weight)  # at first it answers 0, and the loss is about 1
+        nn.init.zeros_(self.out[-1].weight)  # at first its answers are near 0, its loss near 1
 
     def forward(self, z_t, t):
         x = self.conv_in(z_t)                                      # (B, 192, 32, 32)
@@ -642,8 +643,8 @@ class LatentDiffusion(nn.Module):
 
 # ---- 8. Settings and optimisers ----------------------------------------------------------
 # Here the lecture turns from models to training. A dataclass holds the settings of a command,
-# and the command line is made from its fields. The defaults are the recipe for 256x256 photos.
-# Beside them stands what is different for the two small data sets, toyfaces and mnist.
+# and the command line is made from its fields. The defaults, except data, are for 256x256
+# photos. Beside them stands what is different for the two small data sets.
 
 def flag(default, text, *choices, low=1, high=10 ** 9, group=None, **presets):
     """A setting. text is its help, choices or low and high say what is allowed, group opens a
@@ -661,7 +662,7 @@ class RunConfig:
 
 @dataclass
 class TrainConfig(RunConfig):
-    save_every: int = flag(1000, "steps between pictures; slow checkpoints are rarer")
+    save_every: int = flag(1000, "steps between saves; slow checkpoints skip some")
     flip: bool = flag(True, "also train on mirrored images", False, True, mnist=False)
     compile: bool = flag(True, "torch.compile on CUDA: slow to start, then faster", False, True,
                          toyfaces=False, mnist=False)
@@ -693,7 +694,7 @@ class AEConfig(TrainConfig):
     gan_weight: float = flag(0.05, "highest weight of GAN; 0: off", low=0, toyfaces=0.0, mnist=0.0)
     gan: str = flag("hinge", "kind of GAN loss", "bce", "lsgan", "hinge")
     disc_start: int = flag(None, "steps without GAN; if not given, a quarter of all", low=0)
-    pictures: str = ""  # no flag: train_ae notes a checksum of its pictures here
+    pictures: str = ""  # no flag: train_ae notes here which pictures it saw
 
 @dataclass
 class LDMConfig(TrainConfig):
@@ -710,7 +711,7 @@ class LDMConfig(TrainConfig):
 
 @dataclass
 class SampleConfig(RunConfig):
-    data: str = flag(None, "whose run to use; if not given, the newest", group="data and run")
+    data: str = flag(None, "data set of the run; if not given, newest run", group="data and run")
     out: str = flag(None, "run folder; if not given, that of --data, or else the newest")
     data_root: str = flag(None, "folder that holds the data sets; if not given, as in training")
     n: int = flag(None, "images to make; if not given, sample: 16, eval: 2000", group="sampling")
@@ -793,8 +794,8 @@ def learning_rate(cfg, step):
     return cfg.lr * min(1, rise, fall)
 
 # Adam scales each number of a gradient for itself. But a weight is a matrix: c_out rows, one
-# for each output, and all else in the columns. It turns patterns of inputs into patterns of
-# outputs. A few patterns are in every batch. They dominate the gradient, and so Adam's steps.
+# for each output, and all else in the columns. Its gradient is a sum of patterns (its SVD),
+# and the few that are in every batch dominate it, and so Adam's steps.
 # Muon (MomentUm, Orthogonalised: Jordan et al. 2024, kellerjordan.github.io/posts/muon) takes a
 # step of the same length for each pattern, so that rare ones are learnt, too. On toy faces it
 # needs half as many steps as Adam.
@@ -804,15 +805,15 @@ class Muon(torch.optim.Adam):
     norms, a codebook) are left to Adam, which the betas are for. optimise sets lr."""
     def __init__(self, net, betas):
         super().__init__(net.parameters(), betas=betas, fused=True)
-        # A fused Adam tells GradScaler (see optimise) that it handles overflow in fp16 itself.
-        # Muon does not, so this makes GradScaler leave out such a step.
+        # Large gradients can overflow in fp16. A fused Adam then leaves out its step itself.
+        # Muon does not, so GradScaler (see optimise) has to leave it out.
         self._step_supports_amp_scaling = False
         self.matrices = {}  # {shape: weights}: those of one shape are stacked, which is faster
         for layer in net.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 w = layer.weight
                 self.matrices.setdefault(w.shape, []).append(w)
-                # exp_avg is Adam's name for a mean of gradients. Without step it cannot load.
+                # exp_avg is Adam's mean of gradients. It loads no state without a step.
                 self.state[w].update(exp_avg=torch.zeros_like(w), step=torch.zeros(()))
 
     @staticmethod
@@ -821,9 +822,9 @@ class Muon(torch.optim.Adam):
         G = U S V^T: U and V only rotate, and S stretches each direction by a number s, its
         singular value. We want U V^T, where each s is 1. If X = U S V^T, then X X^T X is
         U S^3 V^T, and (X X^T)^2 X is U S^5 V^T. So products of X change s and nothing else.
-        Five times s -> 3.4445 s - 4.775 s^3 + 2.0315 s^5, with Jordan's numbers, take nearly
-        every s to 0.7 .. 1.2, much faster than a decomposition (after Newton and Schulz)."""
-        X = G / (G.norm(dim=(1, 2), keepdim=True) + 1e-12)  # the root of the sum of all s^2
+        Applied five times, s -> 3.4445 s - 4.775 s^3 + 2.0315 s^5 (Jordan's numbers) takes
+        nearly every s to 0.7 .. 1.2. That is much faster than to compute U, S and V."""
+        X = G / (G.norm(dim=(1, 2), keepdim=True) + 1e-12)  # so that every s is at most 1
         if X.is_cuda:
             X = X.half()  # faster, and s need not be precise
         for _ in range(5):
@@ -844,9 +845,9 @@ class Muon(torch.optim.Adam):
             G = torch.stack(torch._foreach_lerp(momenta, grads, 0.05)).flatten(2)
             # (n, c_out, all else). A tall matrix is transposed, so that X X^T is small.
             X = self.orthogonalise(G) if G.shape[1] < G.shape[2] else self.orthogonalise(G.mT).mT
-            # The squares of all numbers sum to the squares of all s, here to the shorter side.
-            # So a number of X is about 1 / sqrt(longer side). This makes it 0.4 lr, as in a
-            # step of Adam (cf. Liu et al. 2025, arXiv 2502.16982), so one lr does for both.
+            # The squares of X's numbers sum to those of its s, 1 for each of the shorter side.
+            # So a number is about 1 / sqrt(longer side). It becomes 0.4 lr, which is typical of
+            # Adam (cf. Liu et al. 2025, arXiv 2502.16982), so that one lr suits both.
             size = 0.4 * lr * max(G.shape[1:]) ** 0.5
             torch._foreach_add_(weights, list(X.reshape(-1, *shape)), alpha=-size)
             for w in weights:
@@ -857,10 +858,10 @@ def build_optimiser(cfg, net, betas):
     """Muon or Adam, as cfg says. betas: how long Adam remembers gradients and their squares."""
     if cfg.optimiser == "muon":
         return Muon(net, betas)
-    return torch.optim.Adam(net.parameters(), betas=betas, fused=True)  # fused: one GPU kernel
+    return torch.optim.Adam(net.parameters(), betas=betas, fused=True)  # fused: all at once
 
 def optimise(scaler, optimiser, net, lr):
-    """One step with the gradients at hand, whose norm is cut to 1 at most. Then clears them."""
+    """Cuts the norm of all gradients to 1 at most, takes one step, and clears them."""
     optimiser.param_groups[0]["lr"] = lr
     # In fp16 the loss was scaled up, lest small gradients become 0. This scales them back.
     scaler.unscale_(optimiser)
@@ -870,8 +871,8 @@ def optimise(scaler, optimiser, net, lr):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema = decay ema + (1 - decay) model: an average over the last 200 steps or so. At step n
-    it is over the last n / 9 steps only, as the random start would stay in it for long."""
+    """ema = decay ema + (1 - decay) model: an average over the last 200 steps or so. Until
+    step 1790 it is over n / 9 at step n, or else the random start would stay for long."""
     decay = min(0.995, (1 + step) / (10 + step))
     # All weights in one go: a loop over them would add 8 % to a step of the UNet (H100).
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -898,7 +899,7 @@ def draw_images(images, cfg, device):
     """A random batch (B, C, H, W) in [-1, 1]; with cfg.flip each is mirrored by chance. It is
     drawn with replacement, so there are steps but no epochs."""
     x = images[torch.randint(len(images), (cfg.batch,))]
-    if device.type == "cuda":  # from pinned memory it is copied while Python goes on
+    if device.type == "cuda":  # fixed in memory, it is copied while Python goes on
         x = x.pin_memory().to(device, non_blocking=True)
     x = to_float(x, device)
     if cfg.flip:
@@ -1029,9 +1030,9 @@ def encode_images(ae, images, device, dtype):
 
 @torch.no_grad()
 def held_out_loss(ldm, z0, dtype):
-    """The loss of ema_unet on z0 (B, D, h, w), always with the same noise and t. The first
-    image has t = 0, the last T-1, and the others lie evenly between. So each error counts as
-    often as its t would be drawn, and the mean can be compared with the training loss."""
+    """The loss of ema_unet on z0 (B, D, h, w), always with the same noise and t. t runs evenly
+    from 0 for the first image to T-1 for the last. Weights make each error count as often as
+    its t would be drawn, so that the mean can be compared with the training loss."""
     eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0)).to(z0.device)
     t = torch.linspace(0, ldm.scheduler.T - 1, len(z0), device=z0.device).round().long()
     with autocast(z0.device, dtype):
@@ -1056,7 +1057,7 @@ def train_ldm(cfg):
     run = Run(cfg, "ldm", dict(unet=unet, ldm=ldm, opt=opt, scaler=scaler))
 
     z_all = encode_images(ae, images, device, dtype)               # (N, D, h, w)
-    if cfg.flip:  # the encoder is not symmetric: a mirrored image has another latent
+    if cfg.flip:  # mirroring an image does not just mirror its latent
         z_all = torch.cat([z_all, encode_images(ae, images.flip(3), device, dtype)])
     ldm.measure(z_all)
     say(f"latents {tuple(z_all.shape)}, mean {ldm.mean.flatten()}, std {ldm.std.flatten()}")
@@ -1094,11 +1095,12 @@ def train_ldm(cfg):
 # Frechet distance fits a Gaussian to features of real images and one to features of generated
 # images, and says how far these two are apart (Heusel et al. 2017, arXiv 1706.08500). It falls
 # when images get more realistic, and when they get as varied as real ones. Published figures
-# use features of Inception and not of VGG16, so they cannot be compared with the ones here.
+# use features of Inception, another classifier, and not of VGG16, so they cannot be compared
+# with the ones here.
 
 def load_ldm(path, device="cpu"):
     """The LatentDiffusion of a checkpoint ldm.pt, frozen, on the device. Raises UserError."""
-    ckpt = load_file(Path(path), "ldm", mmap=True)  # less than half of the file is needed
+    ckpt = load_file(Path(path), "ldm", mmap=True)  # much of the file is not needed
     cfg = LDMConfig(**ckpt["config"])
     ae_cfg = AEConfig(**cfg.ae_settings)
     ldm = build_ldm(cfg, build_autoencoder(ae_cfg), ae_cfg)
@@ -1277,7 +1279,7 @@ def load_folder(folder, size, channels):
 
 def load_images(cfg):
     """(training images, held-out images, name), uint8; a tenth, 2 to 1000, is held out. For a
-    folder the name has a checksum of a hundred of them. Raises UserError."""
+    folder the name has a checksum of a hundred or more of them. Raises UserError."""
     root = Path(cfg.data_root)
     name = cfg.data
     if cfg.data == "toyfaces":
@@ -1392,7 +1394,7 @@ class Run:
 
     def resume(self, ckpt):
         # pictures and autoencoder are the last fields, and are compared first: another
-        # autoencoder also has other settings, and the message is to name the cause.
+        # autoencoder may also have other settings, and the message is to name the cause.
         for name, now in reversed(asdict(self.cfg).items()):
             before = ckpt["config"][name]
             require(name in MAY_CHANGE or before == now, f"{self.path} was trained with another "
@@ -1419,7 +1421,7 @@ class Run:
         if threading.current_thread() is threading.main_thread():  # only this one gets signals
             # This is a set, because Windows has no SIGHUP, and SIGTERM would come twice.
             for s in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-                if signal.getsignal(s) != signal.SIG_IGN:  # nohup ignores one
+                if signal.getsignal(s) != signal.SIG_IGN:  # nohup ignores SIGHUP
                     before[s] = signal.signal(s, stop)
 
         self.last = self.step >= self.cfg.steps
@@ -1446,7 +1448,7 @@ class Run:
 
     def add(self, losses):
         """Notes losses, without reading them: that would make Python wait for the GPU."""
-        for name, value in losses.items():  # clone, for a CUDA graph writes over its outputs
+        for name, value in losses.items():  # clone, for compiled networks reuse their outputs
             self.losses.setdefault(name, []).append(value.detach().clone())
 
     def log(self, figures):
@@ -1549,8 +1551,9 @@ def draw_curves(rows):
 
 # ---- 14. Device and speed ----------------------------------------------------------------
 # Nothing here changes what is computed, apart from rounding. Half precision in the matrix
-# products (autocast), the memory format that tensor cores want, and torch.compile, which fuses
-# many small operations into few kernels, together make a step several times as fast.
+# products (autocast: 16 bits, with few digits as bf16 or a small range as fp16), the memory
+# layout that GPUs want, and torch.compile, which merges many small operations into few,
+# together make a step several times as fast.
 
 def pick_device(cfg):
     """The device, a GPU if there is one, and the dtype of autocast (None is plain float32)."""
@@ -1579,7 +1582,7 @@ class OnePassGroupNorm(nn.GroupNorm):
         split = (self.num_groups, -1)
         mean = x.mean((2, 3)).unflatten(1, split).mean(2, keepdim=True)  # (B, groups, 1)
         mean_square = x.square().mean((2, 3)).unflatten(1, split).mean(2, keepdim=True)
-        var = (mean_square - mean.square()).clamp(min=0)  # rounding can bring it below
+        var = (mean_square - mean.square()).clamp(min=0)  # rounding can bring it below 0
         scale = self.weight.view(split) * (var + self.eps).rsqrt()  # (B, groups, c / groups)
         shift = self.bias.view(split) - mean * scale
         return x * scale.flatten(1)[:, :, None, None] + shift.flatten(1)[:, :, None, None]

@@ -352,7 +352,7 @@ def test_missing_and_wrong_weights_of_lpips_are_named(monkeypatch, name, kind):
     with pytest.raises(FileNotFoundError, match=name) as caught:
         ldm.LPIPS(name if name == "w.pth" else ldm.LPIPS_WEIGHTS)
     message = str(caught.value)
-    assert "Delete" in message and "weights_only" not in message and "\n" not in message
+    assert "delete the second" in message and "weights_only" not in message and "\n" not in message
     assert not Path("trap").exists()
 
 # ---- 4. PatchGAN --------------------------------------------------------------------------------
