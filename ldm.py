@@ -160,8 +160,8 @@ class UpBlock(nn.Module):
 # and rounding on the way to the decoder repairs small errors.
 # VAE (Kingma & Welling 2013, arXiv 1312.6114) adds noise to the latent while it trains, so that
 # neighbours have to mean similar images. The encoder could escape by making the noise small or
-# the latents huge. The KL loss, a distance to N(0, 1), punishes both. Its weight is small:
-# stage 2 learns whatever spread the latents have, and a large one adds noise, which blurs.
+# the latents huge. The KL loss, a distance to N(0, 1), punishes both. Its weight is small,
+# for a large weight adds noise, which blurs, and stage 2 can learn any spread of the latents.
 
 def build_encoder(channels, widths, layers, c_out):
     """Image (B, C, H, W) -> (B, c_out, h, w). Each width after the first halves the sides, so
@@ -209,8 +209,8 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, z_e):
         """z_e (B, D, h, w) -> z_st for the decoder, of the same shape, and {name: loss}. These
-        are the last two terms of VQVAE's Eq. 3, without weights. They have the same value, but
-        "codebook" moves the codes and "commit" moves z_e."""
+        are the last two terms of VQVAE's Eq. 3, as means and without weights. They have the
+        same value, but "codebook" moves the codes and "commit" moves z_e."""
         z_q, indices = self.quantise(z_e)
         self.usage.index_add_(0, indices.flatten(), z_e.new_ones(indices.numel()))
         losses = {"codebook": F.mse_loss(z_q, z_e.detach()),
@@ -404,8 +404,9 @@ class NoiseScheduler(nn.Module):
         self.T = T
         self.target = target
         # In DDPM each step leaves 1 - beta of the variance and adds noise of variance beta. So
-        # abar, the product of all 1 - beta so far, is what is left of z0's. Our alpha is its
-        # root; what DDPM calls alpha is 1 - beta. These beta are LDM's for faces and T = 1000.
+        # of z0's variance abar, the product of all 1 - beta so far, is left. Our alpha is the
+        # root of it; what DDPM calls alpha is 1 - beta. These beta are LDM's for faces and T =
+        # 1000.
         beta = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, T, dtype=torch.float64) ** 2
         abar = torch.cumprod(1 - beta, dim=0).tolist() + [1.0]     # T + 1 numbers
         self.alpha = [math.sqrt(a) for a in abar]
@@ -426,8 +427,8 @@ class NoiseScheduler(nn.Module):
 
     def step_weights(self):
         """How often each step is drawn in training, (T,): evenly for eps, as in DDPM, but in
-        proportion to alpha for v. At noisy steps even the best v, a blur, leaves a large
-        error, which only makes the gradient noisy. With eps this error is small."""
+        proportion to alpha for v. At noisy steps v is almost -z0, and the best guess of
+        it, a blur, errs much, which only makes the gradient noisy. eps errs little there."""
         alpha = self.table[0, :-1]  # without the entry for a clean latent
         return alpha if self.target == "v" else torch.ones_like(alpha)
 
@@ -453,9 +454,9 @@ class NoiseScheduler(nn.Module):
 
     def ddpm_step(self, z0, z_t, t, t_next, noise):
         """Draws z at t_next, which is Gaussian if z0 and z_t are known (DDPM Eq. 6 and 7). Its
-        mean mixes the two, with less of z_t's noise than t_next is to have. New noise makes up
-        for the rest. The formula takes the estimate z0 for the truth, which is nearly right for
-        short steps only, so it needs many."""
+        mean mixes the two and keeps less noise than t_next is to have. New noise makes up for
+        the rest. The formula takes the estimate z0 for the truth. In a short step z0 weighs
+        little, so that this does no harm. Hence it needs many."""
         a = (self.alpha[t] / self.alpha[t_next]) ** 2  # what DDPM calls alpha_t, if t_next = t - 1
         beta = 1 - a
         z0_weight = self.alpha[t_next] * beta / self.sigma[t] ** 2
@@ -469,10 +470,10 @@ class NoiseScheduler(nn.Module):
         return self.alpha[t_next] * z0 + self.sigma[t_next] * eps
 
     def dpm_step(self, z0, z_t, t, t_next, previous=None):
-        """DPM-Solver++(2M), Algorithm 2. DDIM asks for z0 once a step. Asked in between, the
-        network would change its answer, about evenly in lambda = log(alpha / sigma). So this
-        draws a line through its last two answers and takes the value in the middle of the step.
-        previous: (t, z0) of the step before, as the network gave it."""
+        """DPM-Solver++(2M), Algorithm 2. DDIM keeps one z0 for a whole step. Asked on the
+        way, the network would change it, about evenly in lambda = log(alpha / sigma). So this
+        draws a line through the last two estimates and takes its value in the middle of the
+        step. previous: (t, z0) of the step before, without this correction."""
         if previous is not None and t_next >= 0:  # at t = -1 lambda is infinite: plain DDIM
             steps = (previous[0], t, t_next)
             lam_before, lam, lam_next = (math.log(self.alpha[i] / self.sigma[i]) for i in steps)
@@ -647,8 +648,8 @@ class LatentDiffusion(nn.Module):
 # photos. Beside them stands what is different for the two small data sets.
 
 def flag(default, text, *choices, low=1, high=10 ** 9, group=None, **presets):
-    """A setting. text is its help, choices or low and high say what is allowed, group opens a
-    heading of --help above it, and presets are {data set: another default}."""
+    """A setting: its default, help text, choices if any, low and high for numbers. group opens
+    a heading of --help above it, and presets are {data set: another default}."""
     rule = dict(text=text, choices=choices, low=low, high=high, group=group, presets=presets)
     return field(default=default, metadata=rule)
 
@@ -748,7 +749,7 @@ def check(setting, value):
         number = "a number" if kind is float else "a whole number"
         advice = f"give {number} from {rule['low']} to {rule['high']}"
     require(right, f"--{setting.name.replace('_', '-')} {value}: {advice}")
-    return kind(value)  # a list becomes a tuple, and 1 becomes 1.0 if the kind is float
+    return tuple(numbers) if kind is tuple else kind(value)  # 1 becomes 1.0 if kind is float
 
 def resolve(cls, given):
     """Settings of class cls: the defaults, then the data set's preset, then what is given, a
@@ -794,8 +795,8 @@ def learning_rate(cfg, step):
     return cfg.lr * min(1, rise, fall)
 
 # Adam scales each number of a gradient for itself. But a weight is a matrix: c_out rows, one
-# for each output, and all else in the columns. Its gradient is a sum of patterns (its SVD),
-# and the few that are in every batch dominate it, and so Adam's steps.
+# for each output, and all else in the columns. Its gradient is a sum of patterns (the SVD).
+# The few that are in every batch dominate it and also Adam's steps.
 # Muon (MomentUm, Orthogonalised: Jordan et al. 2024, kellerjordan.github.io/posts/muon) takes a
 # step of the same length for each pattern, so that rare ones are learnt, too. On toy faces it
 # needs half as many steps as Adam.
@@ -813,7 +814,7 @@ class Muon(torch.optim.Adam):
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 w = layer.weight
                 self.matrices.setdefault(w.shape, []).append(w)
-                # exp_avg is Adam's mean of gradients. It loads no state without a step.
+                # exp_avg: Adam's mean of gradients. step: Adam's loading asks for one.
                 self.state[w].update(exp_avg=torch.zeros_like(w), step=torch.zeros(()))
 
     @staticmethod
@@ -829,7 +830,7 @@ class Muon(torch.optim.Adam):
             X = X.half()  # faster, and s need not be precise
         for _ in range(5):
             XXT = X @ X.mT
-            poly = torch.baddbmm(XXT, XXT, XXT, beta=-4.775, alpha=2.0315)
+            poly = torch.baddbmm(XXT, XXT, XXT, beta=-4.775, alpha=2.0315)  # b XXT + a XXT XXT
             X = torch.baddbmm(X, poly, X, beta=3.4445)  # 3.4445 X + poly X
         return X.float()
 
@@ -845,8 +846,8 @@ class Muon(torch.optim.Adam):
             G = torch.stack(torch._foreach_lerp(momenta, grads, 0.05)).flatten(2)
             # (n, c_out, all else). A tall matrix is transposed, so that X X^T is small.
             X = self.orthogonalise(G) if G.shape[1] < G.shape[2] else self.orthogonalise(G.mT).mT
-            # The squares of X's numbers sum to those of its s, 1 for each of the shorter side.
-            # So a number is about 1 / sqrt(longer side). It becomes 0.4 lr, which is typical of
+            # As each s is about 1, the squares of all numbers in X sum to its shorter side. So
+            # a number is about 1 / sqrt(longer side). It becomes 0.4 lr, which is typical of
             # Adam (cf. Liu et al. 2025, arXiv 2502.16982), so that one lr suits both.
             size = 0.4 * lr * max(G.shape[1:]) ** 0.5
             torch._foreach_add_(weights, list(X.reshape(-1, *shape)), alpha=-size)
@@ -871,8 +872,8 @@ def optimise(scaler, optimiser, net, lr):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema = decay ema + (1 - decay) model: an average over the last 200 steps or so. Until
-    step 1790 it is over n / 9 at step n, or else the random start would stay for long."""
+    """ema = decay ema + (1 - decay) model: an average over the last 200 steps or so. Before
+    step 1790 it is over the last n / 9 at step n, or else the random start would stay."""
     decay = min(0.995, (1 + step) / (10 + step))
     # All weights in one go: a loop over them would add 8 % to a step of the UNet (H100).
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -907,7 +908,8 @@ def draw_images(images, cfg, device):
     return x
 
 def train_ae(cfg):
-    """Trains a VQVAE or VAE up to cfg.steps and leaves ae.pt in cfg.out. Raises UserError."""
+    """Trains a VQVAE or VAE up to cfg.steps and leaves ae.pt in cfg.out. Raises UserError, and
+    FileNotFoundError for the weights of LPIPS."""
     device, dtype = pick_device(cfg)
     images, held_out, pictures = load_images(cfg)
     cfg = replace(cfg, pictures=pictures)
@@ -933,7 +935,7 @@ def train_ae(cfg):
         lr = learning_rate(cfg, step)
         ramp = min(1, max(0, step - disc_start) / 1000)
         weights["gan"] = cfg.gan_weight * ramp * lr / cfg.lr
-        if cfg.ae == "vq" and step % 100 == 1:  # at 1, 101, ..: after usage was logged
+        if cfg.ae == "vq" and step % 100 == 1:  # at 1, 101, ..: 100 logs usage first
             with torch.no_grad(), autocast(device, dtype):
                 ae.quantizer.restart(ae.encode(draw_images(images, cfg, device)))
 

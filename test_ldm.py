@@ -599,7 +599,7 @@ def test_every_setting_takes_right_values_and_refuses_wrong_ones(cls):
     for f in [f for f in fields(cls) if f.metadata]:
         low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
         if f.type is tuple:
-            wrong = [(), (8,), (6, 12), (8, -4), (0, 0), "88", (8.0, 16.0), None]
+            wrong = [(), 8, (8,), (6, 12), (8, -4), (0, 0), "88", (8.0, 16.0), None]
         elif choices or f.type is bool:
             wrong = ["L1", "DDIM", "x0", "CPU", "no", "", 2, 1.5, None]
         elif f.type is str:
