@@ -160,8 +160,8 @@ class UpBlock(nn.Module):
 # and rounding on the way to the decoder repairs small errors.
 # VAE (Kingma & Welling 2013, arXiv 1312.6114) adds noise to the latent while it trains, so that
 # neighbours have to mean similar images. The encoder could escape by making the noise small or
-# the latents huge. The KL loss, a distance to N(0, 1), punishes both. Its weight is small,
-# for a large weight adds noise, which blurs, and stage 2 can learn any spread of the latents.
+# the latents huge. The KL loss, a distance to N(0, 1), punishes both. Its weight is small:
+# much noise blurs, and latents need not be N(0, 1), since stage 2 learns how they are spread.
 
 def build_encoder(channels, widths, layers, c_out):
     """Image (B, C, H, W) -> (B, c_out, h, w). Each width after the first halves the sides, so
@@ -381,13 +381,13 @@ def discriminator_loss(kind, real, fake):
 
 # ---- 5. Noise scheduler ------------------------------------------------------------------
 # Noise goes in by one formula: z_t = alpha z0 + sigma eps, from nearly clean (t = 0) to nearly
-# pure noise (t = T-1). A network is shown z_t and t, and predicts eps, or v, made of eps and
-# z0, from which a guess of z0 follows. It cannot know z0. Trained by a squared error, it
-# answers with the mean of all z0 that fit z_t. At t = T-1 all images fit, and their mean is a
-# blur. So a sampler mixes its guess with noise again, slightly less than before, and asks
-# again. Less noise hides less, so fewer images fit now, and their mean is sharper. At the end
-# only one is left. Papers: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2020,
-# 2010.02502), DPM-Solver++ (Lu et al. 2022, 2211.01095).
+# pure noise (t = T-1). A network is shown z_t and t, and predicts eps or v. From either a guess
+# of z0 follows, and a squared error makes it the mean of all z0 that fit z_t. At t = T-1 all
+# images fit, and their mean is a blur. So a sampler mixes the guess with slightly less of the
+# noise, and asks again. By chance this noise suits some images more than others, so fewer fit
+# now, and their mean is sharper. At the end only one is left. Papers: DDPM (Ho et al. 2020,
+# arXiv 2006.11239), DDIM (Song et al. 2020, 2010.02502), DPM-Solver++ (Lu et al. 2022,
+# 2211.01095).
 
 class NoiseScheduler(nn.Module):
     """How much noise there is at each step, and how to go from one step to another.
@@ -427,8 +427,8 @@ class NoiseScheduler(nn.Module):
 
     def step_weights(self):
         """How often each step is drawn in training, (T,): evenly for eps, as in DDPM, but in
-        proportion to alpha for v. At noisy steps v is almost -z0, and the best guess of
-        it, a blur, errs much, which only makes the gradient noisy. eps errs little there."""
+        proportion to alpha for v. At noisy steps even the best guess of v, a blur, errs
+        much. Drawn as often as others, these steps would swamp the gradient."""
         alpha = self.table[0, :-1]  # without the entry for a clean latent
         return alpha if self.target == "v" else torch.ones_like(alpha)
 
@@ -455,8 +455,8 @@ class NoiseScheduler(nn.Module):
     def ddpm_step(self, z0, z_t, t, t_next, noise):
         """Draws z at t_next, which is Gaussian if z0 and z_t are known (DDPM Eq. 6 and 7). Its
         mean mixes the two and keeps less noise than t_next is to have. New noise makes up for
-        the rest. The formula takes the estimate z0 for the truth. In a short step z0 weighs
-        little, so that this does no harm. Hence it needs many."""
+        the rest. The formula takes the estimate z0 for the truth. In short steps z0 weighs
+        little until it is nearly exact, so there have to be many."""
         a = (self.alpha[t] / self.alpha[t_next]) ** 2  # what DDPM calls alpha_t, if t_next = t - 1
         beta = 1 - a
         z0_weight = self.alpha[t_next] * beta / self.sigma[t] ** 2
@@ -695,7 +695,7 @@ class AEConfig(TrainConfig):
     gan_weight: float = flag(0.05, "highest weight of GAN; 0: off", low=0, toyfaces=0.0, mnist=0.0)
     gan: str = flag("hinge", "kind of GAN loss", "bce", "lsgan", "hinge")
     disc_start: int = flag(None, "steps without GAN; if not given, a quarter of all", low=0)
-    pictures: str = ""  # no flag: train_ae notes here which pictures it saw
+    pictures: str = ""  # no flag: what load_images calls the pictures, to know them again
 
 @dataclass
 class LDMConfig(TrainConfig):
@@ -873,7 +873,7 @@ def optimise(scaler, optimiser, net, lr):
 @torch.no_grad()
 def update_ema(ema, model, step):
     """ema = decay ema + (1 - decay) model: an average over the last 200 steps or so. Before
-    step 1790 it is over the last n / 9 at step n, or else the random start would stay."""
+    step 1790 it is over the last step / 9 of them, so that the random start fades."""
     decay = min(0.995, (1 + step) / (10 + step))
     # All weights in one go: a loop over them would add 8 % to a step of the UNet (H100).
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -885,8 +885,8 @@ def update_ema(ema, model, step):
 # to what is already in place. VQGAN sets the GAN's weight anew in each step, so that its
 # gradient is as large as that of the reconstruction. Here it rises over 1000 steps, so that an
 # untrained discriminator does no harm, and then falls with the learning rate. Without that
-# fall, coloured grain stays in the eyes of the faces. Run (section 13) counts the steps, logs
-# and saves, and optimise (section 8) clips gradients, takes a step, and clears them.
+# fall, coloured grain stays in the eyes of the faces. Run (section 13) counts steps, logs,
+# saves and resumes; optimise (section 8) clips gradients, takes a step, and clears them.
 
 LPIPS_WEIGHTS = Path(__file__).resolve().with_name("lpips_weights.pth")
 
@@ -911,8 +911,8 @@ def train_ae(cfg):
     """Trains a VQVAE or VAE up to cfg.steps and leaves ae.pt in cfg.out. Raises UserError, and
     FileNotFoundError for the weights of LPIPS."""
     device, dtype = pick_device(cfg)
-    images, held_out, pictures = load_images(cfg)
-    cfg = replace(cfg, pictures=pictures)
+    images, held_out, name = load_images(cfg)
+    cfg = replace(cfg, pictures=name)
     preview = to_float(held_out[:8], device)
     lpips = place(LPIPS(LPIPS_WEIGHTS), device) if cfg.perceptual_weight > 0 else None
     weights = {"recon": 1.0, "codebook": cfg.codebook_weight, "commit": cfg.commit_weight,
@@ -935,7 +935,7 @@ def train_ae(cfg):
         lr = learning_rate(cfg, step)
         ramp = min(1, max(0, step - disc_start) / 1000)
         weights["gan"] = cfg.gan_weight * ramp * lr / cfg.lr
-        if cfg.ae == "vq" and step % 100 == 1:  # at 1, 101, ..: 100 logs usage first
+        if cfg.ae == "vq" and step % 100 == 1:  # at 1, 101, ..: usage is logged at 100
             with torch.no_grad(), autocast(device, dtype):
                 ae.quantizer.restart(ae.encode(draw_images(images, cfg, device)))
 
@@ -1004,11 +1004,11 @@ def load_autoencoder(path, device):
     return place(ae, device).eval().requires_grad_(False), cfg
 
 def load_same_images(cfg, ae_cfg):
-    """The images that an autoencoder was trained on, and those held out. Raises UserError for
-    others, since some that are held out now might have been trained on then."""
+    """The images that an autoencoder was trained on, and those held out. Raises UserError if
+    they changed, since some now held out might have been trained on."""
     data, root = cfg.data or ae_cfg.data, cfg.data_root or ae_cfg.data_root
-    images, held_out, pictures = load_images(replace(ae_cfg, data=data, data_root=root))
-    require(pictures == ae_cfg.pictures, f"--data {data}: stage 1 saw other pictures; give those "
+    images, held_out, name = load_images(replace(ae_cfg, data=data, data_root=root))
+    require(name == ae_cfg.pictures, f"--data {data}: stage 1 saw other pictures; give those "
             "as they were, or run train-ae on these, with another --out")
     return images, held_out
 
