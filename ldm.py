@@ -49,9 +49,9 @@ from torchvision.transforms import functional as TF
 
 
 # ---- 1. Blocks ---------------------------------------------------------------------------
-# A few blocks build encoder, decoder and UNet. They are those of DDPM (Ho et
-# al. 2020, arXiv 2006.11239, appendix B). Before training, a ResBlock or attention adds only
-# a bias to its shortcut, so that a gradient can pass a deep stack of them without fading.
+# A few blocks build encoder, decoder and UNet. They are those of DDPM (Ho et al. 2020, arXiv
+# 2006.11239, appendix B). Before training, a ResBlock or attention adds only a bias to its
+# shortcut, so that a gradient can pass a deep stack of them without fading.
 
 def group_norm(c):
     # The number of groups has to divide c. gcd(32, c // 4) does, is at most 32, and leaves at
@@ -405,8 +405,7 @@ class NoiseScheduler(nn.Module):
         self.target = target
         # In DDPM each step leaves 1 - beta of the variance and adds noise of variance beta. So
         # of z0's variance abar, the product of all 1 - beta so far, is left. Our alpha is the
-        # root of it; what DDPM calls alpha is 1 - beta. These beta are LDM's for faces and T =
-        # 1000.
+        # root of it; what DDPM calls alpha is 1 - beta. For faces LDM takes these beta.
         beta = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, T, dtype=torch.float64) ** 2
         abar = torch.cumprod(1 - beta, dim=0).tolist() + [1.0]     # T + 1 numbers
         self.alpha = [math.sqrt(a) for a in abar]
