@@ -54,8 +54,9 @@ from torchvision.transforms import functional as TF
 # shortcut, so that a gradient can pass a deep stack of them without fading.
 
 def group_norm(c):
-    # The number of groups has to divide c. gcd(32, c // 4) does, is at most 32, and leaves at
-    # least 4 channels in each group, since a channel alone in its group would lose its mean.
+    # The number of groups has to divide c, here always a multiple of 4. gcd(32, c // 4) does.
+    # It is at most 32, and leaves at least 4 channels in each group, since a channel alone in
+    # its group would lose its mean.
     return nn.GroupNorm(math.gcd(32, c // 4), c)
 
 class Attention(nn.Module):
@@ -175,7 +176,7 @@ def build_encoder(channels, widths, layers, c_out):
         *[DownBlock(a, b, layers) for a, b in zip(widths, widths[1:])],
         MidBlock(c, c, layers),                                    # (B, 256, 32, 32)
         norm_silu_conv(c, c_out),                                  # (B, c_out, 32, 32)
-        nn.Conv2d(c_out, c_out, 1))                                # it only mixes the channels
+        nn.Conv2d(c_out, c_out, 1))                                # as in VQGAN's code
 
 def build_decoder(channels, widths, layers, z_channels):
     """Latent (B, D, h, w) -> image (B, C, H, W): the encoder, mirrored."""
@@ -295,9 +296,10 @@ class VAE(nn.Module):
 
 class LPIPS(nn.Module):
     """Distance of two images as people see it: the `lpips` package with net="vgg", v0.1,
-    frozen. weights: a file with the w^2 of Eq. 1, (1, c, 1, 1) for each of five layers. vgg: a
-    dict with the `features.*` weights of VGG16; None downloads torchvision's once, 528 MB.
-    Raises FileNotFoundError if one of the two is missing, damaged or cannot be downloaded."""
+    frozen. weights: a file with the w^2 of Eq. 1, fitted to the judgement of people, (1, c, 1,
+    1) for each of five layers. vgg: a dict with the `features.*` weights of VGG16; None
+    downloads torchvision's once, 528 MB. Raises FileNotFoundError if one of the two is
+    missing, damaged or cannot be downloaded."""
     def __init__(self, weights="lpips_weights.pth", vgg=None):
         super().__init__()
         net = models.vgg.make_layers(models.vgg.cfgs["D"], batch_norm=False)  # VGG16
@@ -382,13 +384,13 @@ def discriminator_loss(kind, real, fake):
 
 # ---- 5. Noise scheduler ------------------------------------------------------------------
 # Noise goes in by one formula: z_t = alpha z0 + sigma eps, from nearly clean (t = 0) to nearly
-# pure noise (t = T-1). A network is shown z_t and t, and predicts eps or v. From either a guess
-# of z0 follows, and a squared error makes it the mean of all z0 that fit z_t. At t = T-1 all
-# images fit, and their mean is a blur. So a sampler mixes the guess with slightly less of the
-# noise, and asks again. By chance this noise suits some images more than others, so fewer fit
-# now, and their mean is sharper. At the end only one is left. Papers: DDPM (Ho et al. 2020,
-# arXiv 2006.11239), DDIM (Song et al. 2020, 2010.02502), DPM-Solver++ (Lu et al. 2022,
-# 2211.01095).
+# pure noise (t = T-1). A network is shown z_t and t, and predicts eps, or a mixture of eps and
+# z0 called v. From either a guess of z0 follows, and a squared error makes it the mean of all
+# z0 that fit z_t. At t = T-1 all images fit, and their mean is a blur. So a sampler mixes this
+# guess again with noise, but slightly less of it, and asks again. In less noise more of an
+# image shows, so fewer fit, and their mean is sharper. Which ones still fit, chance has decided
+# with the first noise. At the end only one is left. Papers: DDPM (Ho et al. 2020, arXiv
+# 2006.11239), DDIM (Song et al. 2020, 2010.02502), DPM-Solver++ (Lu et al. 2022, 2211.01095).
 
 class NoiseScheduler(nn.Module):
     """How much noise there is at each step, and how to go from one step to another.
@@ -428,7 +430,8 @@ class NoiseScheduler(nn.Module):
     def step_weights(self):
         """How often each step is drawn in training, (T,): evenly for eps, as in DDPM, but in
         proportion to alpha for v. At noisy steps even the best guess of v, a blur, errs
-        much. Drawn as often as others, these steps would swamp the gradient."""
+        much. Drawn as often as others, these steps would swamp the gradient. That alpha fits
+        is no theory: it was tried."""
         alpha = self.table[0, :-1]  # without the entry for a clean latent
         return alpha if self.target == "v" else torch.ones_like(alpha)
 
@@ -455,13 +458,15 @@ class NoiseScheduler(nn.Module):
     def ddpm_step(self, z0, z_t, t, t_next, noise):
         """Draws z at t_next, which is Gaussian if z0 and z_t are known (DDPM Eq. 6 and 7). Its
         mean mixes the two and keeps less noise than t_next is to have. New noise makes up for
-        the rest. The formula takes the estimate z0 for the truth. In short steps z0 weighs
-        little until it is nearly exact, so there have to be many."""
+        the rest. The formula takes the estimate z0 for the truth. Early on that is wrong. It
+        does no harm only in short steps, where z0 weighs little, so ddpm needs many steps."""
         a = (self.alpha[t] / self.alpha[t_next]) ** 2  # what DDPM calls alpha_t, if t_next = t - 1
         beta = 1 - a
         z0_weight = self.alpha[t_next] * beta / self.sigma[t] ** 2
         z_t_weight = math.sqrt(a) * self.sigma[t_next] ** 2 / self.sigma[t] ** 2
         std = math.sqrt(beta) * self.sigma[t_next] / self.sigma[t]  # 0 in the last step
+        # The sums are right. Of z0: z0_weight + z_t_weight alpha[t] = alpha[t_next]. Of noise:
+        # (z_t_weight sigma[t])^2 + std^2 = sigma[t_next]^2.
         return z0_weight * z0 + z_t_weight * z_t + std * noise
 
     def ddim_step(self, z0, eps, t_next):
@@ -470,10 +475,10 @@ class NoiseScheduler(nn.Module):
         return self.alpha[t_next] * z0 + self.sigma[t_next] * eps
 
     def dpm_step(self, z0, z_t, t, t_next, previous=None):
-        """DPM-Solver++(2M), Algorithm 2. DDIM keeps one z0 for a whole step. Asked on the
-        way, the network would change it, about evenly in lambda = log(alpha / sigma). So this
-        draws a line through the last two estimates and takes its value in the middle of the
-        step. previous: (t, z0) of the step before, without this correction."""
+        """DPM-Solver++(2M), Algorithm 2. DDIM keeps one z0 for a whole step. If the network
+        were asked again on the way, its z0 would drift, about evenly in lambda = log(alpha /
+        sigma). So this draws a line through the last two estimates and takes its value in the
+        middle of the step. previous: (t, z0) of the step before, as the network gave it."""
         if previous is not None and t_next >= 0:  # at t = -1 lambda is infinite: plain DDIM
             steps = (previous[0], t, t_next)
             lam_before, lam, lam_next = (math.log(self.alpha[i] / self.sigma[i]) for i in steps)
@@ -500,8 +505,9 @@ def sinusoids(t, dim):
 class UNet(nn.Module):
     """z_t (B, D, h, w), t (B,) -> prediction (B, D, h, w).
     Of its len(widths) - 1 down blocks the first `downs` halve h and w. build_ldm (section 10)
-    counts how many can. What goes into a down block is also the skip for the up block beside
-    it. Below is the celebhq default: widths 192 256 384 512, downs 3, h = w = 32.
+    halves as long as h and w are even and at least 4 is left. What goes into a down block is
+    also the skip for the up block beside it. Below is the celebhq default: widths 192 256 384
+    512, downs 3, h = w = 32.
       down  192 -> 256, 32 -> 16      up  192 + skip 192 -> 192, 16 -> 32
             256 -> 384, 16 -> 8           256 + skip 256 -> 192,  8 -> 16
             384 -> 512,  8 -> 4           384 + skip 384 -> 256,  4 -> 8
@@ -650,8 +656,9 @@ class LatentDiffusion(nn.Module):
 # photos. Beside them stands what is different for the two small data sets.
 
 def flag(default, text, *choices, low=1, high=10 ** 9, group=None, **presets):
-    """A setting: its default, help text, choices if any, low and high for numbers. group opens
-    a heading of --help above it, and presets are {data set: another default}."""
+    """A setting: its default, help text, choices if any (False, True for a switch), low and
+    high for numbers. group opens a heading of --help above it, and presets are {data set:
+    another default}."""
     rule = dict(text=text, choices=choices, low=low, high=high, group=group, presets=presets)
     return field(default=default, metadata=rule)
 
@@ -665,7 +672,7 @@ class RunConfig:
 
 @dataclass
 class TrainConfig(RunConfig):
-    save_every: int = flag(1000, "steps between saves; slow checkpoints skip some")
+    save_every: int = flag(1000, "steps between saves; a slow checkpoint is saved less often")
     flip: bool = flag(True, "also train on mirrored images", False, True, mnist=False)
     compile: bool = flag(True, "torch.compile on CUDA: slow to start, then faster", False, True,
                          toyfaces=False, mnist=False)
@@ -695,7 +702,7 @@ class AEConfig(TrainConfig):
     gan_weight: float = flag(0.05, "highest weight of GAN; 0: off", low=0, toyfaces=0.0, mnist=0.0)
     gan: str = flag("hinge", "kind of GAN loss", "bce", "lsgan", "hinge")
     disc_start: int = flag(None, "steps without GAN; if not given, a quarter of all", low=0)
-    pictures: str = ""  # no flag: what load_images calls the pictures, to know them again
+    pictures: str = ""  # no flag: the name that load_images gives them, to know them again
 
 @dataclass
 class LDMConfig(TrainConfig):
@@ -732,7 +739,7 @@ def require(condition, sentence):
 
 def check(setting, value):
     """The value in plain Python types, as a checkpoint cannot hold others safely: a Path or a
-    number of numpy would make it unreadable. Raises UserError if it breaks the rule."""
+    NumPy number would make it unreadable. Raises UserError if it breaks the rule."""
     kind, rule = setting.type, setting.metadata
     if isinstance(value, (str, os.PathLike)):
         value = os.path.expanduser(value)  # ~/photos; this also makes a str of a Path
@@ -744,6 +751,7 @@ def check(setting, value):
         right = type(value) is str and value != ""
         advice = f"give {rule['text']}"
     else:
+        # A tuple, as --widths is, is checked number by number.
         numbers = value if kind is tuple and isinstance(value, list) else [value]
         right = all(type(x) in (int, kind) and rule["low"] <= x <= rule["high"] for x in numbers)
         number = "a number" if kind is float else "a whole number"
@@ -795,8 +803,9 @@ def learning_rate(cfg, step):
     return cfg.lr * min(1, rise, fall)
 
 # Adam scales each number of a gradient for itself. But a weight is a matrix: c_out rows, one
-# for each output, and all else in the columns. Its gradient is a sum of patterns (the SVD).
-# The few that are in every batch dominate it and also Adam's steps.
+# for each output, and all else in the columns. Its gradient is a sum of patterns, each of
+# them a column times a row times a strength s (the SVD). The few that are in every batch are so
+# strong that they dominate it and also Adam's steps.
 # Muon (MomentUm, Orthogonalised: Jordan et al. 2024, kellerjordan.github.io/posts/muon) takes a
 # step of the same length for each pattern, so that rare ones are learnt, too. Stage 1 needs
 # about half as many steps as with Adam.
@@ -806,23 +815,23 @@ class Muon(torch.optim.Adam):
     norms, a codebook) are left to Adam, which the betas are for. optimise sets lr."""
     def __init__(self, net, betas):
         super().__init__(net.parameters(), betas=betas, fused=True)
-        # Large gradients can overflow in fp16. A fused Adam then leaves out its step itself.
-        # Muon does not, so GradScaler (see optimise) has to leave it out.
+        # Large gradients can overflow in fp16. A fused Adam checks for that and skips its step.
+        # Muon does not, so GradScaler (see optimise) has to skip it.
         self._step_supports_amp_scaling = False
         self.matrices = [layer.weight for layer in net.modules()
                          if isinstance(layer, (nn.Conv2d, nn.Linear))]
         for w in self.matrices:
-            # exp_avg: Adam's mean of gradients. step: Adam's loading asks for one.
+            # exp_avg: Adam's mean of gradients. step: load_state_dict expects one.
             self.state[w].update(exp_avg=torch.zeros_like(w), step=torch.zeros(()))
 
     @staticmethod
     def orthogonalise(G):
-        """Makes all directions of matrices G (n, rows, columns) equally strong.
-        G = U S V^T: U and V only rotate, and S stretches each direction by a number s, its
-        singular value. We want U V^T, where each s is 1. If X = U S V^T, then X X^T X is
-        U S^3 V^T, and (X X^T)^2 X is U S^5 V^T. So products of X change s and nothing else.
-        Applied five times, s -> 3.4445 s - 4.775 s^3 + 2.0315 s^5 (Jordan's numbers) takes
-        nearly every s to 0.7 .. 1.2. That is much faster than to compute U, S and V."""
+        """Makes all patterns of matrices G (n, rows, columns) equally strong.
+        G = U S V^T: the columns of U and the rows of V^T are the patterns, and the diagonal of
+        S has the strength s of each. We want U V^T, where each s is 1. If X = U S V^T, then
+        X X^T X is U S^3 V^T, and (X X^T)^2 X is U S^5 V^T. So products of X change s and
+        nothing else. Applied five times, s -> 3.4445 s - 4.775 s^3 + 2.0315 s^5 (Jordan's
+        numbers) takes nearly every s to 0.7 .. 1.2, much faster than to compute U, S and V."""
         if G.shape[1] > G.shape[2]:  # transposed, so that X X^T is small
             return Muon.orthogonalise(G.mT).mT
         X = G / (G.norm(dim=(1, 2), keepdim=True) + 1e-12)  # so that every s is at most 1
@@ -830,8 +839,9 @@ class Muon(torch.optim.Adam):
             X = X.half()  # faster, and s need not be precise
         for _ in range(5):
             XXT = X @ X.mT
-            poly = torch.baddbmm(XXT, XXT, XXT, beta=-4.775, alpha=2.0315)  # b XXT + a XXT XXT
-            X = torch.baddbmm(X, poly, X, beta=3.4445)  # 3.4445 X + poly X
+            # baddbmm(A, B, C) is beta A + alpha B C.
+            poly = torch.baddbmm(XXT, XXT, XXT, beta=-4.775, alpha=2.0315)
+            X = torch.baddbmm(X, poly, X, beta=3.4445)
         return X.float()
 
     @torch.no_grad()
@@ -851,9 +861,9 @@ class Muon(torch.optim.Adam):
             # A convolution's c_in goes last, because in memory it is last, too (section 14).
             G = torch.stack([w.movedim(1, -1) for w in ahead])     # (n, c_out, 3, 3, c_in)
             X = self.orthogonalise(G.flatten(2))                   # (n, c_out, 9*c_in)
-            # As each s is about 1, the squares of all numbers in X sum to its shorter side. So
-            # a number is about 1 / sqrt(longer side). It becomes 0.4 lr, which is typical of
-            # Adam (cf. Liu et al. 2025, arXiv 2502.16982), so that one lr suits both.
+            # The squares of all numbers in X sum to the sum of s^2, so to about its shorter
+            # side. Hence a number is about 1 / sqrt(longer side). We make it 0.4 lr, a typical
+            # step of Adam (cf. Liu et al. 2025, arXiv 2502.16982), so that one lr suits both.
             size = 0.4 * self.param_groups[0]["lr"] * max(X.shape[1:]) ** 0.5
             steps = X.view(G.shape).movedim(-1, 2)                 # (n, c_out, c_in, 3, 3)
             torch._foreach_add_(weights, steps.unbind(), alpha=-size)
@@ -873,7 +883,7 @@ def optimise(scaler, optimiser, net, lr):
 @torch.no_grad()
 def update_ema(ema, model, step):
     """ema = decay ema + (1 - decay) model: an average over the last 200 steps or so. Before
-    step 1790 it is over the last step / 9 of them, so that the random start fades."""
+    step 1790 it is over the last ninth of all so far, so that the random start fades."""
     decay = min(0.995, (1 + step) / (10 + step))
     # All weights in one go: a loop over them would add 8 % to a step of the UNet (H100).
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -886,7 +896,8 @@ def update_ema(ema, model, step):
 # gradient is as large as that of the reconstruction. Here it rises over 1000 steps, so that an
 # untrained discriminator does no harm, and then falls with the learning rate. Without that
 # fall, coloured grain stays in the eyes of the faces. Run (section 13) counts steps, logs,
-# saves and resumes; optimise (section 8) clips gradients, takes a step, and clears them.
+# saves and resumes. optimise (section 8) clips gradients, takes a step, and clears them.
+# pick_device, autocast, place and compile_networks (section 14) are for speed.
 
 LPIPS_WEIGHTS = Path(__file__).resolve().with_name("lpips_weights.pth")
 
@@ -935,7 +946,7 @@ def train_ae(cfg):
         lr = learning_rate(cfg, step)
         ramp = min(1, max(0, step - disc_start) / 1000)
         weights["gan"] = cfg.gan_weight * ramp * lr / cfg.lr
-        if cfg.ae == "vq" and step % 100 == 1:  # at 1, 101, ..: usage is logged at 100
+        if cfg.ae == "vq" and step % 100 == 1:  # at 1, 101, ..: it clears usage
             with torch.no_grad(), autocast(device, dtype):
                 ae.quantizer.restart(ae.encode(draw_images(images, cfg, device)))
 
@@ -949,8 +960,8 @@ def train_ae(cfg):
                 if lpips:
                     losses["perceptual"] = lpips(x_rec, x).mean()
                 if weights["gan"] > 0:
-                    # Autograd notes this as the graph is built: x_rec gets a gradient, the
-                    # discriminator's weights get none.
+                    # What gets a gradient is noted here, as the graph is built, and not in
+                    # backward: x_rec gets one, the discriminator's weights get none.
                     disc.requires_grad_(False)
                     losses["gan"] = generator_loss(cfg.gan, disc(x_rec))
                     disc.requires_grad_(True)
@@ -1112,7 +1123,7 @@ def load_ldm(path, device="cpu"):
 
 def find_run(cfg, *names):
     """The run folder --out, or else the newest with one of these files. Raises UserError."""
-    # From --data, resolve has already made cfg.out.
+    # If --data was given, resolve has set cfg.out.
     folders = [Path(cfg.out)] if cfg.out else Path("runs").glob("*")
     found = [folder / name for folder in folders for name in names if (folder / name).exists()]
     require(found, f"no {' or '.join(names)} in {os.path.abspath(cfg.out or 'runs')}; run train-ae "
@@ -1201,6 +1212,7 @@ BACK = [(150, 205, 240), (250, 214, 150), (186, 230, 180), (240, 180, 190), (206
 def draw_face(index, size):
     """Toy face number `index`, uint8 (size, size, 3): drawn four times as large and shrunk."""
     rng = np.random.default_rng(index)
+    # Eyes have the colours of hair, too.
     skin, hair, iris, back = (table[rng.integers(5)] for table in (SKIN, HAIR, HAIR, BACK))
     x, y, rx, ry = rng.uniform((-0.08, 0.02, 0.48, 0.60), (0.08, 0.12, 0.60, 0.70))
     gap, eye, mouth = rng.uniform((0.22, 0.14, 0.06), (0.28, 0.18, 0.20))
@@ -1281,7 +1293,7 @@ def load_folder(folder, size, channels):
 
 def load_images(cfg):
     """(training images, held-out images, name), uint8; a tenth, 2 to 1000, is held out. For a
-    folder the name has a checksum of a hundred or more of them. Raises UserError."""
+    folder the name has a checksum of a hundred or more pictures. Raises UserError."""
     root = Path(cfg.data_root)
     name = cfg.data
     if cfg.data == "toyfaces":
@@ -1421,7 +1433,8 @@ class Run:
             signal.signal(number, before[number])  # so that a second one acts at once
 
         if threading.current_thread() is threading.main_thread():  # only this one gets signals
-            # This is a set, because Windows has no SIGHUP, and SIGTERM would come twice.
+            # This is a set, for Windows has no SIGHUP, and SIGTERM twice would lose its
+            # handler.
             for s in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
                 if signal.getsignal(s) != signal.SIG_IGN:  # nohup ignores SIGHUP
                     before[s] = signal.signal(s, stop)
@@ -1450,7 +1463,7 @@ class Run:
 
     def add(self, losses):
         """Notes losses, without reading them: that would make Python wait for the GPU."""
-        for name, value in losses.items():  # clone, for compiled networks reuse their outputs
+        for name, value in losses.items():  # clone: the next replay (section 14) overwrites them
             self.losses.setdefault(name, []).append(value.detach().clone())
 
     def log(self, figures):
