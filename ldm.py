@@ -1,7 +1,7 @@
 """ldm.py: unconditional latent diffusion from scratch, in one file that reads like a lecture.
 
 A diffusion model makes images out of noise by removing a little of the noise, many times. On
-pixels, nearly all of that work goes into details that nobody sees. Latent diffusion (Rombach
+pixels, most of that work goes into details that hardly anybody sees. Latent diffusion (Rombach
 et al. 2022, arXiv 2112.10752) therefore trains two networks, one after the other:
 
   stage 1   An autoencoder learns to turn an image x into a small latent z, and back.
@@ -143,8 +143,9 @@ class UpBlock(nn.Module):
     def forward(self, x, t_emb=None, skip=None):
         if self.smooth is not None:
             # Each pixel becomes 2x2, then a convolution smooths. nn.ConvTranspose2d would do
-            # both in one, but writes some pixels more often than others, which can leave a
-            # checkerboard. nn.Upsample repeats, too, but its compiled gradient is slow.
+            # both in one, but with 3x3 weights it writes some pixels more often than others,
+            # which can leave a checkerboard. nn.Upsample repeats, too, but its compiled gradient
+            # is slow.
             x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
             x = self.smooth(x)                                     # (B, c_in, 2h, 2w)
         if skip is not None:
@@ -344,9 +345,9 @@ class LPIPS(nn.Module):
 
 # ---- 4. PatchGAN -------------------------------------------------------------------------
 # LPIPS alone still leaves skin too smooth. So a second network, the discriminator, learns to
-# tell photos from reconstructions, and the decoder, as generator, learns to fool it: a GAN. It
-# judges patches and not whole images (Isola et al. 2017, arXiv 1611.07004), because texture is
-# what is missing.
+# tell photos from reconstructions, and the autoencoder, as generator, learns to fool it: a GAN.
+# It judges patches and not whole images (Isola et al. 2017, arXiv 1611.07004), because texture
+# is what is missing.
 
 class PatchGAN(nn.Module):
     """Images (B, C, H, W), at least 16x16 -> scores (B, 1, h', w') of patches; high is real."""
@@ -413,7 +414,7 @@ class NoiseScheduler(nn.Module):
         abar = torch.cumprod(1 - beta, dim=0).tolist() + [1.0]     # T + 1 numbers
         self.alpha = [math.sqrt(a) for a in abar]
         self.sigma = [math.sqrt(1 - a) for a in abar]
-        # The same numbers on the device, (2, T + 1), for a batch of different steps.
+        # The table holds the same numbers on the device, for a batch of different steps.
         self.register_buffer("table", torch.tensor([self.alpha, self.sigma]), persistent=False)
 
     def add_noise(self, z0, eps, t):
@@ -430,15 +431,15 @@ class NoiseScheduler(nn.Module):
     def step_weights(self):
         """How often each step is drawn in training, (T,): evenly for eps, as in DDPM, but in
         proportion to alpha for v. At noisy steps even the best guess of v, a blur, errs
-        much. Drawn as often as others, these steps would swamp the gradient. That alpha fits
-        is no theory: it was tried."""
+        much. There are hundreds of them. Drawn as often as others, they would swamp the
+        gradient. That alpha is a good weight was tried, and not derived."""
         alpha = self.table[0, :-1]  # without the entry for a clean latent
         return alpha if self.target == "v" else torch.ones_like(alpha)
 
     def z0_and_eps(self, pred, z_t, t):
-        """The network's answer pred to z_t at step t (an int), as estimates of z0 and eps.
-        These solve z_t = alpha z0 + sigma eps and pred = eps, or pred = v = alpha eps - sigma
-        z0. Nothing is clamped: [-1, 1] is a range of images, and latents have none."""
+        """Turns pred, the network's answer to z_t at step t (an int), into estimates of z0 and
+        eps. They solve z_t = alpha z0 + sigma eps and pred = eps, or pred = v = alpha eps -
+        sigma z0. Nothing is clamped: [-1, 1] is a range of images, and latents have none."""
         alpha, sigma = self.alpha[t], self.sigma[t]
         if self.target == "eps":
             eps = pred
@@ -615,8 +616,8 @@ class LatentDiffusion(nn.Module):
     SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm}
 
     def draw_noise(self, generators):
-        """Noise (B, D, h, w), one image from each generator. Those are on the CPU, so that a
-        seed starts from the same noise on every device."""
+        """Noise (B, D, h, w), that of one latent from each generator. Those are on the CPU, so
+        that a seed starts from the same noise on every device."""
         noise = [torch.randn(self.z_shape, generator=g) for g in generators]
         return torch.stack(noise).to(self.mean.device)
 
@@ -667,7 +668,7 @@ class RunConfig:
     data: str = flag("toyfaces", "toyfaces, mnist, celebhq, or a folder", group="data and run")
     data_root: str = flag("data", "folder that holds the data sets")
     out: str = flag(None, "run folder; if not given, runs/ and the name of the data")
-    seed: int = flag(0, "seed of weights, batches and noise", low=0)
+    seed: int = flag(0, "seed of noise, and in training of weights and batches", low=0)
     amp: str = flag("auto", "mixed precision; auto: yes on CUDA", "auto", "bf16", "fp16", "off")
 
 @dataclass
@@ -815,13 +816,15 @@ class Muon(torch.optim.Adam):
     norms, a codebook) are left to Adam, which the betas are for. optimise sets lr."""
     def __init__(self, net, betas):
         super().__init__(net.parameters(), betas=betas, fused=True)
-        # Large gradients can overflow in fp16. A fused Adam checks for that and skips its step.
-        # Muon does not, so GradScaler (see optimise) has to skip it.
+        # With 16 bits (fp16, section 14) a large gradient can become infinite. Then the step is
+        # to be skipped. A fused Adam, which updates all weights at once, does that itself. Muon
+        # does not, so GradScaler (see optimise) has to.
         self._step_supports_amp_scaling = False
         self.matrices = [layer.weight for layer in net.modules()
                          if isinstance(layer, (nn.Conv2d, nn.Linear))]
         for w in self.matrices:
-            # exp_avg: Adam's mean of gradients. step: load_state_dict expects one.
+            # Muon's mean of gradients gets the name that Adam uses. Its steps are not counted,
+            # but load_state_dict expects a number of them.
             self.state[w].update(exp_avg=torch.zeros_like(w), step=torch.zeros(()))
 
     @staticmethod
@@ -996,12 +999,12 @@ def train_ae(cfg):
 
 
 # ---- 10. Stage 2 -------------------------------------------------------------------------
-# The autoencoder is frozen now, so the images are encoded once, before the first step.
-# Then a step is short: draw latents, noise and steps t, mix them, let the UNet predict, and
-# take the squared error (DDPM Eq. 14, for eps). A loss near 0.4 on photos is no failure:
-# nobody can tell exactly which part of z_t is image and which is noise. The loss hardly falls
-# while the samples get better, so look at the pictures. The held-out loss, on images that are
-# never trained on, rises if the UNet learns the others by heart.
+# The autoencoder is frozen now, so the images are encoded once, before the first step. Then a
+# step is short: draw latents, noise and steps t, mix them, let the UNet predict, and take the
+# squared error (DDPM Eq. 14, for eps). For v a loss near 0.5 on photos is no failure: nobody
+# can tell exactly which part of z_t is image and which is noise. The loss hardly falls while
+# the samples get better, so look at the pictures. The held-out loss, on images that are never
+# trained on, rises if the UNet learns the others by heart.
 
 def load_autoencoder(path, device):
     """The autoencoder of a checkpoint ae.pt, frozen, and its settings. Raises UserError."""
@@ -1154,8 +1157,8 @@ def sample(cfg):
     say(f"wrote {(folder / 'samples.png').absolute()}")
 
 def frechet_distance(a, b):
-    """The distance of Gaussians fitted to features a, b (N, c), with means mu and covariances
-    S: |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))."""
+    """The squared distance, as in FID, of Gaussians fitted to features a, b (N, c), with means
+    mu and covariances S: |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))."""
     a, b = a.double(), b.double()  # large sums almost cancel, and float32 loses too many digits
     S_a, S_b = torch.cov(a.T), torch.cov(b.T)                      # (c, c)
     # The trace of a root is the sum of the roots of the eigenvalues.
@@ -1164,7 +1167,8 @@ def frechet_distance(a, b):
 
 @torch.no_grad()
 def evaluate(cfg):
-    """Prints and returns {figure: value} on held-out images. Raises UserError."""
+    """Prints and returns {figure: value} on held-out images. Raises UserError, and
+    FileNotFoundError for the weights of LPIPS."""
     device, dtype = pick_device(cfg)
     folder = find_run(cfg, "ldm.pt", "ae.pt")
     ldm = load_ldm(folder / "ldm.pt", device) if (folder / "ldm.pt").exists() else None
@@ -1293,7 +1297,7 @@ def load_folder(folder, size, channels):
 
 def load_images(cfg):
     """(training images, held-out images, name), uint8; a tenth, 2 to 1000, is held out. For a
-    folder the name has a checksum of a hundred or more pictures. Raises UserError."""
+    folder the name has a checksum of its pictures, or of every n-th. Raises UserError."""
     root = Path(cfg.data_root)
     name = cfg.data
     if cfg.data == "toyfaces":
@@ -1423,8 +1427,8 @@ class Run:
 
     def steps(self):
         """Yields the numbers of the steps still to do. After Ctrl-C, kill or a closed terminal
-        the next step is the last. It is saved, then comes KeyboardInterrupt. A second signal
-        acts at once."""
+        the next step is the last. It is saved, then comes KeyboardInterrupt. The same signal
+        a second time acts at once."""
         asked = []  # the signals that asked for a stop
         before = {}  # {signal: its handler until now}
 
@@ -1604,7 +1608,8 @@ class OnePassGroupNorm(nn.GroupNorm):
 
 def compile_networks(cfg, device, *networks):
     """Compiles networks for CUDA, in place, so that names in checkpoints stay. Where compiling
-    does not work (Windows has no Triton, or there is no C compiler), it says so and goes on."""
+    does not work, it says so and goes on. That is so on Windows, where PyTorch comes without
+    Triton, which compiles for GPUs, and where there is no C compiler."""
     if not cfg.compile or device.type != "cuda":
         return
     try:
@@ -1618,8 +1623,8 @@ def compile_networks(cfg, device, *networks):
         for module in net.modules():
             if isinstance(module, nn.GroupNorm):
                 module.__class__ = OnePassGroupNorm  # same weights, another forward
-        # "reduce-overhead" records the kernels as a CUDA graph and replays them in one call. A
-        # replay overwrites the gradients that --accum has to add up.
+        # "reduce-overhead" records what the GPU does as a CUDA graph, and replays it in one
+        # call. A replay overwrites the gradients that --accum has to add up.
         net.compile(dynamic=False, mode="reduce-overhead" if cfg.accum == 1 else "default")
 
 
@@ -1677,12 +1682,14 @@ def main(argv=None):
     except (UserError, OSError) as error:
         message = error
     except (MemoryError, RuntimeError) as error:
-        # On a GPU it is torch.OutOfMemoryError, on a CPU a RuntimeError with these words.
-        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not memory and "can't allocate memory" not in str(error):
+        # PyTorch raises a RuntimeError. The first words are a GPU's, the others are a CPU's, on
+        # Linux and on Windows.
+        words = ("out of memory", "can't allocate memory", "not enough memory")
+        if not isinstance(error, MemoryError) and not any(w in str(error) for w in words):
             raise
-        message = ("out of memory. Give a smaller --batch. If a training has begun, first move "
-                   "its file away: ae.pt for train-ae, ldm.pt for train-ldm")
+        message = ("out of memory. Give a smaller --batch; in the place of demo, which has none, "
+                   "run train-ae, train-ldm and sample. If a training has begun, first move its "
+                   "file away: ae.pt for train-ae, ldm.pt for train-ldm")
     print(f"ldm.py: error: {message}", file=sys.stderr)
     return 2
 

@@ -1340,7 +1340,8 @@ def test_help_lists_every_flag_with_its_default(command, capsys, monkeypatch):
         assert re.search("data and run: --.*optimisation: --.*model: --.*losses: --", text)
 
 @each("error, word", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "error: .*--batch"),
+    *[(RuntimeError(f"so long: {words}"), "error: .*--batch")
+      for words in ("out of memory", "not enough memory", "can't allocate memory")],
     (MemoryError(), "error: .*--batch"), (OSError(28, "No space left"), "error: .*No space left"),
     (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "^mat1 and mat2")])
 def test_exhausted_memory_and_disks_are_one_sentence(monkeypatch, error, word):
