@@ -144,8 +144,8 @@ class UpBlock(nn.Module):
         if self.smooth is not None:
             # Each pixel becomes 2x2, then a convolution smooths. nn.ConvTranspose2d would do
             # both in one, but with 3x3 weights it writes some pixels more often than others,
-            # which can leave a checkerboard. nn.Upsample repeats, too, but its compiled gradient
-            # is slow.
+            # which can leave a checkerboard. nn.Upsample repeats, too, but the gradient that
+            # torch.compile makes of it is slow.
             x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
             x = self.smooth(x)                                     # (B, c_in, 2h, 2w)
         if skip is not None:

@@ -1096,8 +1096,7 @@ def test_run_folder_has_what_was_asked_for_and_the_log_keeps_no_graph(train, sta
     del w  # what a loss needs for its gradient is freed
     assert alive() is None
 
-@each("stage, settings", [
-    ("ae", dict(accum=2)), ("ae", GAN | dict(disc_start=1)), ("ldm", {}),
+@each("stage, settings", [("ae", dict(accum=2)), ("ae", GAN | dict(disc_start=1)), ("ldm", {}),
     ("ldm", dict(accum=2, target="eps")), ("ldm", dict(amp="fp16"))], ids=str)
 def test_stopped_and_resumed_equals_one_go(train, stage, settings, monkeypatch):
     """Two steps, then two more, from one checkpoint, twice, give bit for bit those of four."""
