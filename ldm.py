@@ -177,7 +177,7 @@ def build_encoder(channels, widths, layers, c_out):
         *[DownBlock(a, b, layers) for a, b in zip(widths, widths[1:])],
         MidBlock(c, c, layers),                                    # (B, 256, 32, 32)
         norm_silu_conv(c, c_out),                                  # (B, c_out, 32, 32)
-        nn.Conv2d(c_out, c_out, 1))                                # as in VQGAN's code
+        nn.Conv2d(c_out, c_out, 1))                                # as in VQGAN, section 9
 
 def build_decoder(channels, widths, layers, z_channels):
     """Latent (B, D, h, w) -> image (B, C, H, W): the encoder, mirrored."""
@@ -292,13 +292,13 @@ class VAE(nn.Module):
 # A latent cannot hold every hair. Where it leaves a detail undecided, the answer with the least
 # squared error is the mean of all that fit, and with the least absolute error their median.
 # Both are a blur. LPIPS (Zhang et al. 2018, arXiv 1801.03924) compares images by what a trained
-# classifier sees in them. In these features a blur is far from every photo, so the decoder
-# has to choose one sharp answer.
+# classifier sees in them. In these features a blur is far from every photo, so that a sharp
+# answer costs the decoder less.
 
 class LPIPS(nn.Module):
     """Distance of two images as people see it: the `lpips` package with net="vgg", v0.1,
-    frozen. weights: a file with the w^2 of Eq. 1, fitted to the judgement of people, (1, c, 1,
-    1) for each of five layers. vgg: a dict with the `features.*` weights of VGG16; None
+    frozen. weights: a file with w^2 (see forward), how much each channel counts for people, (1,
+    c, 1, 1) for each of five layers. vgg: a dict with the `features.*` weights of VGG16; None
     downloads torchvision's once, 528 MB. Raises FileNotFoundError if one of the two is
     missing, damaged or cannot be downloaded."""
     def __init__(self, weights="lpips_weights.pth", vgg=None):
@@ -319,7 +319,7 @@ class LPIPS(nn.Module):
                 "both: --perceptual-weight 0") from error
         cuts = (0, 4, 9, 16, 23, 30)  # the slices end with relu1_2, 2_2, 3_3, 4_3, 5_3
         self.slices = nn.ModuleList(net[a:b] for a, b in zip(cuts, cuts[1:]))
-        # ImageNet's mean and deviation per channel, for images in [-1, 1].
+        # These are ImageNet's mean and deviation per channel, for images in [-1, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
@@ -389,15 +389,16 @@ def discriminator_loss(kind, real, fake):
 # z0 called v. From either a guess of z0 follows, and a squared error makes it the mean of all
 # z0 that fit z_t. At t = T-1 all images fit, and their mean is a blur. So a sampler mixes this
 # guess again with noise, but slightly less of it, and asks again. In less noise more of an
-# image shows, so fewer fit, and their mean is sharper. Which ones still fit, chance has decided
-# with the first noise. At the end only one is left. Papers: DDPM (Ho et al. 2020, arXiv
-# 2006.11239), DDIM (Song et al. 2020, 2010.02502), DPM-Solver++ (Lu et al. 2022, 2211.01095).
+# image shows, so fewer fit, and their mean is sharper. Which ones still fit is decided by
+# chance, that is, by the noise. At the end only one is left. Papers: DDPM (Ho et al. 2020,
+# arXiv 2006.11239), DDIM (Song et al. 2020, 2010.02502), DPM-Solver++ (Lu et al. 2022,
+# 2211.01095).
 
 class NoiseScheduler(nn.Module):
     """How much noise there is at each step, and how to go from one step to another.
     Steps t = 0 .. T-1 are the papers' 1 .. T. alpha and sigma have one entry more, 1 and 0, for
     a clean latent. As Python calls the last entry [-1], that is step t = -1. Since alpha^2 +
-    sigma^2 = 1 and z0 has variance 1, z_t has variance 1 at each step.
+    sigma^2 = 1 and z0 has variance 1 (section 7), z_t has variance 1 at each step.
     target: what the network predicts, "eps" or "v" = alpha eps - sigma z0 (Salimans & Ho 2022,
     arXiv 2202.00512). At t = T-1 z_t is almost eps, so predicting eps teaches nothing there. v
     is almost -z0 at that end and almost eps at the other: never trivial."""
@@ -407,13 +408,15 @@ class NoiseScheduler(nn.Module):
             raise ValueError(f"no target {target!r}; choose eps or v")
         self.T = T
         self.target = target
-        # In DDPM each step leaves 1 - beta of the variance and adds noise of variance beta. So
-        # of z0's variance abar, the product of all 1 - beta so far, is left. Our alpha is the
-        # root of it; what DDPM calls alpha is 1 - beta. For faces LDM takes these beta.
+
+        # In DDPM noise comes in step by step. Each leaves 1 - beta of the variance and adds
+        # beta. So of z0's variance abar, the product of all 1 - beta so far, is left. Our alpha
+        # is the root of it; what DDPM calls alpha is 1 - beta. For faces LDM takes these beta.
         beta = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, T, dtype=torch.float64) ** 2
         abar = torch.cumprod(1 - beta, dim=0).tolist() + [1.0]     # T + 1 numbers
         self.alpha = [math.sqrt(a) for a in abar]
         self.sigma = [math.sqrt(1 - a) for a in abar]
+
         # The table holds the same numbers on the device, for a batch of different steps.
         self.register_buffer("table", torch.tensor([self.alpha, self.sigma]), persistent=False)
 
@@ -430,9 +433,9 @@ class NoiseScheduler(nn.Module):
 
     def step_weights(self):
         """How often each step is drawn in training, (T,): evenly for eps, as in DDPM, but in
-        proportion to alpha for v. At noisy steps even the best guess of v, a blur, errs
-        much. There are hundreds of them. Drawn as often as others, they would swamp the
-        gradient. That alpha is a good weight was tried, and not derived."""
+        proportion to alpha for v. Even the best guess of v errs much at both ends. The clean
+        end is a few steps long, but the noisy one hundreds. Drawn as often as others, they
+        would swamp the gradient. That alpha is a good weight was tried, and not derived."""
         alpha = self.table[0, :-1]  # without the entry for a clean latent
         return alpha if self.target == "v" else torch.ones_like(alpha)
 
@@ -459,15 +462,18 @@ class NoiseScheduler(nn.Module):
     def ddpm_step(self, z0, z_t, t, t_next, noise):
         """Draws z at t_next, which is Gaussian if z0 and z_t are known (DDPM Eq. 6 and 7). Its
         mean mixes the two and keeps less noise than t_next is to have. New noise makes up for
-        the rest. The formula takes the estimate z0 for the truth. Early on that is wrong. It
-        does no harm only in short steps, where z0 weighs little, so ddpm needs many steps."""
+        the rest. But z0 is not known. Many fit, and with their mean the draw varies too little.
+        That does no harm only in short steps, where z0 weighs little. So ddpm needs many steps,
+        while ddim and dpm, which draw nothing, need few."""
         a = (self.alpha[t] / self.alpha[t_next]) ** 2  # what DDPM calls alpha_t, if t_next = t - 1
         beta = 1 - a
         z0_weight = self.alpha[t_next] * beta / self.sigma[t] ** 2
         z_t_weight = math.sqrt(a) * self.sigma[t_next] ** 2 / self.sigma[t] ** 2
         std = math.sqrt(beta) * self.sigma[t_next] / self.sigma[t]  # 0 in the last step
-        # The sums are right. Of z0: z0_weight + z_t_weight alpha[t] = alpha[t_next]. Of noise:
-        # (z_t_weight sigma[t])^2 + std^2 = sigma[t_next]^2.
+
+        # Signal and noise add up to those of t_next: z0_weight + z_t_weight alpha[t] =
+        # alpha[t_next], and (z_t_weight sigma[t])^2 + std^2 = sigma[t_next]^2. That leaves open
+        # how much of the noise is new. Bayes' rule says: std. (DDIM takes none.)
         return z0_weight * z0 + z_t_weight * z_t + std * noise
 
     def ddim_step(self, z0, eps, t_next):
@@ -478,8 +484,9 @@ class NoiseScheduler(nn.Module):
     def dpm_step(self, z0, z_t, t, t_next, previous=None):
         """DPM-Solver++(2M), Algorithm 2. DDIM keeps one z0 for a whole step. If the network
         were asked again on the way, its z0 would drift, about evenly in lambda = log(alpha /
-        sigma). So this draws a line through the last two estimates and takes its value in the
-        middle of the step. previous: (t, z0) of the step before, as the network gave it."""
+        sigma). So this draws a line through the last two estimates and takes its mean over the
+        step, which is its value in the middle. previous: (t, z0) of the step before, as the
+        network gave it."""
         if previous is not None and t_next >= 0:  # at t = -1 lambda is infinite: plain DDIM
             steps = (previous[0], t, t_next)
             lam_before, lam, lam_next = (math.log(self.alpha[i] / self.sigma[i]) for i in steps)
@@ -508,7 +515,7 @@ class UNet(nn.Module):
     Of its len(widths) - 1 down blocks the first `downs` halve h and w. build_ldm (section 10)
     halves as long as h and w are even and at least 4 is left. What goes into a down block is
     also the skip for the up block beside it. Below is the celebhq default: widths 192 256 384
-    512, downs 3, h = w = 32.
+    512, downs 3, h = w = 32. The data go down on the left and then up on the right.
       down  192 -> 256, 32 -> 16      up  192 + skip 192 -> 192, 16 -> 32
             256 -> 384, 16 -> 8           256 + skip 256 -> 192,  8 -> 16
             384 -> 512,  8 -> 4           384 + skip 384 -> 256,  4 -> 8
@@ -520,6 +527,7 @@ class UNet(nn.Module):
         t_dim = 4 * c  # as in DDPM's code
         self.time = nn.Sequential(
             nn.Linear(c, t_dim), nn.SiLU(), nn.Linear(t_dim, t_dim), nn.SiLU())
+
         self.conv_in = nn.Conv2d(z_channels, c, 3, padding=1)
         self.mid = MidBlock(widths[-1], widths[-2], layers, t_dim)
         self.down_blocks = nn.ModuleList()
@@ -532,6 +540,7 @@ class UNet(nn.Module):
             # last one, 0, makes widths[0].
             up = UpBlock(c_in, widths[max(i - 1, 0)], **args, up=halve, c_skip=c_in)
             self.up_blocks.insert(0, up)  # the way up mirrors the way down
+
         self.out = norm_silu_conv(c, z_channels)
         nn.init.zeros_(self.out[-1].weight)  # at first its answers are near 0, its loss near 1
 
@@ -553,8 +562,8 @@ class UNet(nn.Module):
 # deviation of the latents, and two running averages of the UNet in training, but not that UNet
 # itself. The late average is over the last training steps, and jitters less than the
 # weights. The early one was stopped after a fifth of the training. With the same data and the
-# same weaknesses it errs in the same directions, only further. So the step from its answer to
-# the late one leads away from these errors, and one 1.5 times as long is better still:
+# same weaknesses it errs in the same directions, only further. So the difference, late minus
+# early, leads away from these errors, and adding half of it once more is better still:
 # autoguidance (Karras et al. 2024, arXiv 2406.02507).
 
 class LatentDiffusion(nn.Module):
@@ -703,7 +712,7 @@ class AEConfig(TrainConfig):
     gan_weight: float = flag(0.05, "highest weight of GAN; 0: off", low=0, toyfaces=0.0, mnist=0.0)
     gan: str = flag("hinge", "kind of GAN loss", "bce", "lsgan", "hinge")
     disc_start: int = flag(None, "steps without GAN; if not given, a quarter of all", low=0)
-    pictures: str = ""  # no flag: the name that load_images gives them, to know them again
+    pictures: str = ""  # no flag: the name that load_images gives the pictures
 
 @dataclass
 class LDMConfig(TrainConfig):
@@ -723,13 +732,15 @@ class SampleConfig(RunConfig):
     data: str = flag(None, "data set of the run; if not given, newest run", group="data and run")
     out: str = flag(None, "run folder; if not given, that of --data, or else the newest")
     data_root: str = flag(None, "folder that holds the data sets; if not given, as in training")
-    n: int = flag(None, "images to make; if not given, sample: 16, eval: 2000", group="sampling")
+    n: int = flag(None, "images to make, of which samples.png shows 64 at most; if not given, "
+                        "sample: 16, eval: 2000", group="sampling")
     batch: int = flag(64, "images at once on the device", high=10 ** 5)
     sampler: str = flag("dpm", "DDPM, DDIM, or DPM-Solver++(2M)", *LatentDiffusion.SAMPLERS)
     steps: int = flag(30, "denoising steps; give ddpm all 1000", high=1000)
     autoguidance: float = flag(1.5, "strength of autoguidance; 1 turns it off and makes sampling "
                                "twice as fast", low=0, high=10)
-    save_images: bool = flag(False, "sample only: also write each image into samples/", False, True)
+    save_images: bool = flag(False, "sample only: also write each image into samples/, in place of "
+                              "those there", False, True)
 
 class UserError(Exception):
     """A mistake that the user can repair. main prints its sentence, without a traceback."""
@@ -750,7 +761,7 @@ def check(setting, value):
         advice = f"choose one of {', '.join(map(str, rule['choices']))}"
     elif kind is str:
         right = type(value) is str and value != ""
-        advice = f"give {rule['text']}"
+        advice = f"must not be empty; it is the {rule['text']}"
     else:
         # A tuple, as --widths is, is checked number by number.
         numbers = value if kind is tuple and isinstance(value, list) else [value]
@@ -787,7 +798,7 @@ def resolve(cls, given):
                 "folder that you may write to; give another")
         right = len(cfg.widths) > 1 and not any(c % 4 for c in cfg.widths)
         require(right, f"--widths {' '.join(map(str, cfg.widths))}: give two or more multiples of "
-                "4, because attention has 4 heads and norms need groups of 4")
+                "4, because attention has 4 heads, and norms need groups of at least 4")
     if cls is AEConfig:
         factor = 2 ** (len(cfg.widths) - 1)
         require(cfg.size % factor == 0, f"--size {cfg.size}: must be divisible by {factor}, "
@@ -806,7 +817,8 @@ def learning_rate(cfg, step):
 # Adam scales each number of a gradient for itself. But a weight is a matrix: c_out rows, one
 # for each output, and all else in the columns. Its gradient is a sum of patterns, each of
 # them a column times a row times a strength s (the SVD). The few that are in every batch are so
-# strong that they dominate it and also Adam's steps.
+# strong that they dominate it and also Adam's steps. Those that are only chance, a running mean
+# damps.
 # Muon (MomentUm, Orthogonalised: Jordan et al. 2024, kellerjordan.github.io/posts/muon) takes a
 # step of the same length for each pattern, so that rare ones are learnt, too. Stage 1 needs
 # about half as many steps as with Adam.
@@ -816,15 +828,16 @@ class Muon(torch.optim.Adam):
     norms, a codebook) are left to Adam, which the betas are for. optimise sets lr."""
     def __init__(self, net, betas):
         super().__init__(net.parameters(), betas=betas, fused=True)
+
         # With 16 bits (fp16, section 14) a large gradient can become infinite. Then the step is
-        # to be skipped. A fused Adam, which updates all weights at once, does that itself. Muon
-        # does not, so GradScaler (see optimise) has to.
+        # to be skipped. A fused Adam, which updates all weights at once, sees to that itself.
+        # Muon does not. False makes GradScaler (see optimise) do it.
         self._step_supports_amp_scaling = False
         self.matrices = [layer.weight for layer in net.modules()
                          if isinstance(layer, (nn.Conv2d, nn.Linear))]
         for w in self.matrices:
-            # Muon's mean of gradients gets the name that Adam uses. Its steps are not counted,
-            # but load_state_dict expects a number of them.
+            # Adam saves and loads these, too, so the mean of gradients has the name that Adam
+            # uses. Muon does not count steps, but load_state_dict expects a number of them.
             self.state[w].update(exp_avg=torch.zeros_like(w), step=torch.zeros(()))
 
     @staticmethod
@@ -861,12 +874,16 @@ class Muon(torch.optim.Adam):
             # is what they would become if the same gradient came again (Nesterov's momentum).
             torch._foreach_lerp_(means, grads, 0.05)
             ahead = torch._foreach_lerp(means, grads, 0.05)
+
             # A convolution's c_in goes last, because in memory it is last, too (section 14).
+            # For Linear, with only two dimensions, movedim and flatten do nothing.
             G = torch.stack([w.movedim(1, -1) for w in ahead])     # (n, c_out, 3, 3, c_in)
             X = self.orthogonalise(G.flatten(2))                   # (n, c_out, 9*c_in)
-            # The squares of all numbers in X sum to the sum of s^2, so to about its shorter
-            # side. Hence a number is about 1 / sqrt(longer side). We make it 0.4 lr, a typical
-            # step of Adam (cf. Liu et al. 2025, arXiv 2502.16982), so that one lr suits both.
+
+            # The squares of all shorter x longer numbers in X sum to the sum of s^2, so to
+            # about its shorter side. Hence a number is about 1 / sqrt(longer side). We make it
+            # 0.4 lr, a typical step of Adam (cf. Liu et al. 2025, arXiv 2502.16982), so one lr
+            # suits both.
             size = 0.4 * self.param_groups[0]["lr"] * max(X.shape[1:]) ** 0.5
             steps = X.view(G.shape).movedim(-1, 2)                 # (n, c_out, c_in, 3, 3)
             torch._foreach_add_(weights, steps.unbind(), alpha=-size)
@@ -886,7 +903,8 @@ def optimise(scaler, optimiser, net, lr):
 @torch.no_grad()
 def update_ema(ema, model, step):
     """ema = decay ema + (1 - decay) model: an average over the last 200 steps or so. Before
-    step 1790 it is over the last ninth of all so far, so that the random start fades."""
+    step 1790 1 - decay is 9 / (10 + step). Then the average is over the last ninth of all
+    steps so far, so that the random start fades."""
     decay = min(0.995, (1 + step) / (10 + step))
     # All weights in one go: a loop over them would add 8 % to a step of the UNet (H100).
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -949,7 +967,8 @@ def train_ae(cfg):
         lr = learning_rate(cfg, step)
         ramp = min(1, max(0, step - disc_start) / 1000)
         weights["gan"] = cfg.gan_weight * ramp * lr / cfg.lr
-        if cfg.ae == "vq" and step % 100 == 1:  # at 1, 101, ..: it clears usage
+        # At 1, 101 and so on, as it clears usage, which is logged at 100, 200 and so on.
+        if cfg.ae == "vq" and step % 100 == 1:
             with torch.no_grad(), autocast(device, dtype):
                 ae.quantizer.restart(ae.encode(draw_images(images, cfg, device)))
 
@@ -1134,7 +1153,7 @@ def find_run(cfg, *names):
     return max(found, key=os.path.getmtime).parent
 
 def sample(cfg):
-    """Writes samples.png, progress.png and, with save_images, samples/*.png into the run."""
+    """Writes samples.png (the first 64), progress.png and, with save_images, samples/*.png."""
     device, dtype = pick_device(cfg)
     folder = find_run(cfg, "ldm.pt")
     ldm = load_ldm(folder / "ldm.pt", device)
@@ -1223,7 +1242,8 @@ def draw_face(index, size):
     canvas = Image.new("RGB", (4 * size, 4 * size), back)
 
     def ellipse(colour, x, y, rx, ry, start=0, end=360):
-        """Half a side is 1, (0, 0) the middle, y points down. start, end: degrees of an arc."""
+        """Half a side is 1, (0, 0) is the middle, y points down. A line from start to end (in
+        degrees) cuts the ellipse, and the part between them is filled."""
         corners = (np.array([x - rx, y - ry, x + rx, y + ry]) + 1) * 2 * size
         ImageDraw.Draw(canvas).chord(corners.tolist(), start, end, colour)
 
@@ -1267,7 +1287,7 @@ def load_folder(folder, size, channels):
     known = Image.registered_extensions()
     left_out = [p.suffix.lower() for p in files if p.suffix.lower() not in known]
     for suffix in sorted(set(left_out)):
-        say(f"left out {left_out.count(suffix)} files {suffix or 'without suffix'}: PIL cannot "
+        say(f"left out {left_out.count(suffix)} files of type {suffix or '(none)'}: PIL cannot "
             "read them; photos among them have to be converted to JPEG")
     paths = [p for p in files if p.suffix.lower() in known]
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
@@ -1415,7 +1435,7 @@ class Run:
         # autoencoder may also have other settings, and the message is to name the cause.
         for name, now in reversed(asdict(self.cfg).items()):
             before = ckpt["config"][name]
-            require(name in MAY_CHANGE or before == now, f"{self.path} was trained with another "
+            require(name in MAY_CHANGE or before == now, f"{self.path} was trained with different "
                     f"{name} ({before!s:.40}); undo that change, or move the file away")
         for name, state in ckpt["parts"].items():
             if state:  # a scaler that is off has none
@@ -1437,8 +1457,8 @@ class Run:
             signal.signal(number, before[number])  # so that a second one acts at once
 
         if threading.current_thread() is threading.main_thread():  # only this one gets signals
-            # This is a set, for Windows has no SIGHUP, and SIGTERM twice would lose its
-            # handler.
+            # This is a set, for Windows has no SIGHUP, and SIGTERM, given twice, would have
+            # stop itself as its handler until now.
             for s in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
                 if signal.getsignal(s) != signal.SIG_IGN:  # nohup ignores SIGHUP
                     before[s] = signal.signal(s, stop)
@@ -1467,7 +1487,7 @@ class Run:
 
     def add(self, losses):
         """Notes losses, without reading them: that would make Python wait for the GPU."""
-        for name, value in losses.items():  # clone: the next replay (section 14) overwrites them
+        for name, value in losses.items():  # clone: compiled, the next step overwrites them
             self.losses.setdefault(name, []).append(value.detach().clone())
 
     def log(self, figures):
@@ -1531,7 +1551,8 @@ def to_picture(image):
     return TF.to_pil_image(((image.clamp(-1, 1) + 1) * 127.5).round().byte())
 
 def latent_picture(z, x):
-    """Latents z (N, D, h, w) as images of the shape of x, (N, C, H, W): channels as colours."""
+    """Latents z (N, D, h, w) as images of the shape of x, (N, C, H, W): its first C
+    channels as colours, or the first one as grey."""
     C = x.shape[1]
     z = z[:, :C] if z.shape[1] >= C else z[:, :1].expand(-1, C, -1, -1)
     z = (z - z.mean((0, 2, 3), keepdim=True)) / (3 * z.std((0, 2, 3), keepdim=True) + 1e-6)

@@ -870,7 +870,7 @@ def test_another_autoencoder_needs_another_unet(train, out, monkeypatch, capsys)
     with pytest.raises(KeyboardInterrupt):
         train("ae", "out", steps=8)
     for warnings in (["out/ae.pt stopped at step 6 of 8. "], []):
-        with refused(match="ldm.pt was .*another autoencoder"):
+        with refused(match="ldm.pt was .*different autoencoder"):
             train("ldm", "out", steps=6)
         assert re.findall("warning: (.*)To finish", capsys.readouterr().out) == warnings
         train("ae", "out", steps=8)
@@ -1018,8 +1018,8 @@ def test_good_files_of_a_folder_are_read_and_others_named(capsys):
     Path("in/gone.png").symlink_to("nowhere.png")
     assert keys(ldm.load_folder(Path("in"), 16, 3)) == keys(ldm.toyfaces(range(5), 16))
     lines = capsys.readouterr().out
-    for line in ("left out 2 files .heic.*convert", "left out 1 files .txt", "read it: in/cut.jpg",
-                 "read it: in/text.jpg", "in: 5 pictures"):
+    for line in ("left out 2 files of type .heic.*convert", "left out 1 files of type .txt",
+                 "read it: in/cut.jpg", "read it: in/text.jpg", "in: 5 pictures"):
         assert re.search(line, lines), line
     assert ".png" not in lines and "hidden" not in lines
 
@@ -1149,7 +1149,7 @@ def test_resuming_refuses_other_settings_but_not_those_that_change_nothing(train
         ckpt["config"] = config | {name: "other" * 99}
         torch.save(content, path)
         before = path.read_bytes()
-        with refused(match=f"another {name}".replace("_", "[-_]")) as caught:
+        with refused(match=f"different {name}".replace("_", "[-_]")) as caught:
             train(stage, "out", steps=9)
         assert path.read_bytes() == before and len(str(caught.value)) < 300, name
     ckpt["config"] = config | dict.fromkeys(free.split(), "other")
