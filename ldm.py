@@ -134,7 +134,7 @@ class MidBlock(Stack):
 class UpBlock(nn.Module):
     """(B, c_in, h, w) -> (B, c_out, 2h, 2w), or with up=False (B, c_out, h, w). In a UNet
     (section 6) there is also a skip, an earlier map of the output's size. Its c_skip channels
-    are put beside those of x between doubling and ResBlocks, so this is no Stack."""
+    are put beside those of x after doubling, before the ResBlocks, so this is no Stack."""
     def __init__(self, c_in, c_out, layers, t_dim=None, heads=0, up=True, c_skip=0):
         super().__init__()
         self.smooth = nn.Conv2d(c_in, c_in, 3, padding=1) if up else None
@@ -177,7 +177,7 @@ def build_encoder(channels, widths, layers, c_out):
         *[DownBlock(a, b, layers) for a, b in zip(widths, widths[1:])],
         MidBlock(c, c, layers),                                    # (B, 256, 32, 32)
         norm_silu_conv(c, c_out),                                  # (B, c_out, 32, 32)
-        nn.Conv2d(c_out, c_out, 1))                                # as in VQGAN, section 9
+        nn.Conv2d(c_out, c_out, 1))                                # it mixes channels
 
 def build_decoder(channels, widths, layers, z_channels):
     """Latent (B, D, h, w) -> image (B, C, H, W): the encoder, mirrored."""
@@ -296,11 +296,12 @@ class VAE(nn.Module):
 # answer costs the decoder less.
 
 class LPIPS(nn.Module):
-    """Distance of two images as people see it: the `lpips` package with net="vgg", v0.1,
-    frozen. weights: a file with w^2 (see forward), how much each channel counts for people, (1,
-    c, 1, 1) for each of five layers. vgg: a dict with the `features.*` weights of VGG16; None
-    downloads torchvision's once, 528 MB. Raises FileNotFoundError if one of the two is
-    missing, damaged or cannot be downloaded."""
+    """Distance of two images as people see it, by the classifier VGG16. It is that of the
+    `lpips` package with net="vgg", v0.1, and it is never trained. weights: a file with w^2 (see
+    forward), how much each channel counts for people, (1, c, 1, 1) for each of five layers.
+    vgg: a dict with the `features.*` weights of VGG16; None downloads torchvision's once, 528
+    MB. Raises FileNotFoundError if one of the two is missing, damaged or cannot be
+    downloaded."""
     def __init__(self, weights="lpips_weights.pth", vgg=None):
         super().__init__()
         net = models.vgg.make_layers(models.vgg.cfgs["D"], batch_norm=False)  # VGG16
@@ -388,17 +389,18 @@ def discriminator_loss(kind, real, fake):
 # pure noise (t = T-1). A network is shown z_t and t, and predicts eps, or a mixture of eps and
 # z0 called v. From either a guess of z0 follows, and a squared error makes it the mean of all
 # z0 that fit z_t. At t = T-1 all images fit, and their mean is a blur. So a sampler mixes this
-# guess again with noise, but slightly less of it, and asks again. In less noise more of an
-# image shows, so fewer fit, and their mean is sharper. Which ones still fit is decided by
-# chance, that is, by the noise. At the end only one is left. Papers: DDPM (Ho et al. 2020,
+# guess again with noise, but slightly less of it, and asks again. That noise is the eps which
+# follows from the answer, or partly new. In less noise more of an image shows, so fewer fit,
+# and their mean is sharper. Which ones still fit is decided by chance: by the noise that it all
+# started from, and by new noise. At the end only one is left. Papers: DDPM (Ho et al. 2020,
 # arXiv 2006.11239), DDIM (Song et al. 2020, 2010.02502), DPM-Solver++ (Lu et al. 2022,
 # 2211.01095).
 
 class NoiseScheduler(nn.Module):
     """How much noise there is at each step, and how to go from one step to another.
-    Steps t = 0 .. T-1 are the papers' 1 .. T. alpha and sigma have one entry more, 1 and 0, for
-    a clean latent. As Python calls the last entry [-1], that is step t = -1. Since alpha^2 +
-    sigma^2 = 1 and z0 has variance 1 (section 7), z_t has variance 1 at each step.
+    Steps t = 0 .. T-1 are the papers' 1 .. T. alpha and sigma have one entry more at the end,
+    1 and 0, for a clean latent. As Python calls the last entry [-1], that is step t = -1. Since
+    alpha^2 + sigma^2 = 1 and z0 has variance 1 (section 7), z_t has variance 1 at each step.
     target: what the network predicts, "eps" or "v" = alpha eps - sigma z0 (Salimans & Ho 2022,
     arXiv 2202.00512). At t = T-1 z_t is almost eps, so predicting eps teaches nothing there. v
     is almost -z0 at that end and almost eps at the other: never trivial."""
@@ -411,7 +413,8 @@ class NoiseScheduler(nn.Module):
 
         # In DDPM noise comes in step by step. Each leaves 1 - beta of the variance and adds
         # beta. So of z0's variance abar, the product of all 1 - beta so far, is left. Our alpha
-        # is the root of it; what DDPM calls alpha is 1 - beta. For faces LDM takes these beta.
+        # is the root of it; what DDPM calls alpha is 1 - beta. These beta are those of Rombach
+        # et al. for faces. alpha is 0.999 at t = 0, 0.91 at 100, 0.34 at 500, 0.012 at 999.
         beta = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, T, dtype=torch.float64) ** 2
         abar = torch.cumprod(1 - beta, dim=0).tolist() + [1.0]     # T + 1 numbers
         self.alpha = [math.sqrt(a) for a in abar]
@@ -433,21 +436,21 @@ class NoiseScheduler(nn.Module):
 
     def step_weights(self):
         """How often each step is drawn in training, (T,): evenly for eps, as in DDPM, but in
-        proportion to alpha for v. Even the best guess of v errs much at both ends. The clean
-        end is a few steps long, but the noisy one hundreds. Drawn as often as others, they
-        would swamp the gradient. That alpha is a good weight was tried, and not derived."""
+        proportion to alpha for v. At noisy steps, of which there are hundreds, even the best
+        guess of v errs much. If they were drawn as often as others, they would swamp the
+        gradient. That alpha is a good weight was tried, and not derived."""
         alpha = self.table[0, :-1]  # without the entry for a clean latent
         return alpha if self.target == "v" else torch.ones_like(alpha)
 
     def z0_and_eps(self, pred, z_t, t):
         """Turns pred, the network's answer to z_t at step t (an int), into estimates of z0 and
         eps. They solve z_t = alpha z0 + sigma eps and pred = eps, or pred = v = alpha eps -
-        sigma z0. Nothing is clamped: [-1, 1] is a range of images, and latents have none."""
+        sigma z0. DDPM clamps z0 to the range of images, but latents have none."""
         alpha, sigma = self.alpha[t], self.sigma[t]
         if self.target == "eps":
             eps = pred
-            z0 = (z_t - sigma * eps) / alpha  # at t = T-1 this makes errors 84 times larger
-        else:  # alpha^2 + sigma^2 = 1
+            z0 = (z_t - sigma * eps) / alpha  # at t = T-1, alpha = 0.012 blows up any error
+        else:  # alpha z_t - sigma v = (alpha^2 + sigma^2) z0 = z0, and likewise for eps
             z0 = alpha * z_t - sigma * pred
             eps = sigma * z_t + alpha * pred
         return z0, eps
@@ -462,18 +465,17 @@ class NoiseScheduler(nn.Module):
     def ddpm_step(self, z0, z_t, t, t_next, noise):
         """Draws z at t_next, which is Gaussian if z0 and z_t are known (DDPM Eq. 6 and 7). Its
         mean mixes the two and keeps less noise than t_next is to have. New noise makes up for
-        the rest. But z0 is not known. Many fit, and with their mean the draw varies too little.
-        That does no harm only in short steps, where z0 weighs little. So ddpm needs many steps,
-        while ddim and dpm, which draw nothing, need few."""
+        the rest. But z0 is not known. Many fit, and with their mean the result varies too
+        little, the more so the longer a step. All samplers suffer from that, this one most, as
+        each of its draws relies on the mean anew. So it needs many steps."""
+        # Two things are known of z. By z0 it is near alpha[t_next] z0, with deviation
+        # sigma[t_next]. And z_t is sqrt(a) z plus noise of variance beta. Bayes' rule
+        # multiplies these two Gaussians, which gives a Gaussian with the weights and std below.
         a = (self.alpha[t] / self.alpha[t_next]) ** 2  # what DDPM calls alpha_t, if t_next = t - 1
-        beta = 1 - a
+        beta = 1 - a  # here for the whole way from t_next to t
         z0_weight = self.alpha[t_next] * beta / self.sigma[t] ** 2
         z_t_weight = math.sqrt(a) * self.sigma[t_next] ** 2 / self.sigma[t] ** 2
         std = math.sqrt(beta) * self.sigma[t_next] / self.sigma[t]  # 0 in the last step
-
-        # Signal and noise add up to those of t_next: z0_weight + z_t_weight alpha[t] =
-        # alpha[t_next], and (z_t_weight sigma[t])^2 + std^2 = sigma[t_next]^2. That leaves open
-        # how much of the noise is new. Bayes' rule says: std. (DDIM takes none.)
         return z0_weight * z0 + z_t_weight * z_t + std * noise
 
     def ddim_step(self, z0, eps, t_next):
@@ -483,9 +485,10 @@ class NoiseScheduler(nn.Module):
 
     def dpm_step(self, z0, z_t, t, t_next, previous=None):
         """DPM-Solver++(2M), Algorithm 2. DDIM keeps one z0 for a whole step. If the network
-        were asked again on the way, its z0 would drift, about evenly in lambda = log(alpha /
-        sigma). So this draws a line through the last two estimates and takes its mean over the
-        step, which is its value in the middle. previous: (t, z0) of the step before, as the
+        were asked again on the way, its z0 would drift. It does so about evenly in lambda =
+        log(alpha / sigma), in which equal steps multiply signal to noise by the same factor. So
+        this extends a line through the last two estimates over the step, and takes its mean
+        there, the value in the middle. previous: (t, z0) of the step before, as the
         network gave it."""
         if previous is not None and t_next >= 0:  # at t = -1 lambda is infinite: plain DDIM
             steps = (previous[0], t, t_next)
@@ -537,12 +540,12 @@ class UNet(nn.Module):
             c_in, c_out, halve = widths[i], widths[i + 1], i < downs
             self.down_blocks.append(DownBlock(c_in, c_out, **args, down=halve))
             # Up block i gets widths[i] from below and by the skip, and makes widths[i - 1]. The
-            # last one, 0, makes widths[0].
+            # last one, 0, makes widths[0]. (See the right column above, upwards.)
             up = UpBlock(c_in, widths[max(i - 1, 0)], **args, up=halve, c_skip=c_in)
             self.up_blocks.insert(0, up)  # the way up mirrors the way down
 
         self.out = norm_silu_conv(c, z_channels)
-        nn.init.zeros_(self.out[-1].weight)  # at first its answers are near 0, its loss near 1
+        nn.init.zeros_(self.out[-1].weight)  # so its first answers are near 0
 
     def forward(self, z_t, t):
         x = self.conv_in(z_t)                                      # (B, 192, 32, 32)
@@ -563,13 +566,13 @@ class UNet(nn.Module):
 # itself. The late average is over the last training steps, and jitters less than the
 # weights. The early one was stopped after a fifth of the training. With the same data and the
 # same weaknesses it errs in the same directions, only further. So the difference, late minus
-# early, leads away from these errors, and adding half of it once more is better still:
+# early, leads away from these errors, and late plus half of it is better still:
 # autoguidance (Karras et al. 2024, arXiv 2406.02507).
 
 class LatentDiffusion(nn.Module):
     """A diffusion model for the latents of a VQVAE or VAE, with z_shape = (D, h, w). Both
-    averages, ema_unet and early_unet, start as copies of unet. Train a third such copy, and
-    let update_ema (section 8) move the averages towards it."""
+    averages, ema_unet (an exponential moving average) and early_unet, start as copies of unet.
+    Train a third such copy, and let update_ema (section 8) move the averages towards it."""
     def __init__(self, ae, unet, scheduler, z_shape):
         super().__init__()
         self.ae = ae
@@ -637,8 +640,8 @@ class LatentDiffusion(nn.Module):
         i starts from noise that depends on the seed and i alone, so it looks the same in any
         batch. dtype is what autocast uses, and None means float32. trace is a list that gets
         (z_t, estimate of z0) of the first four images at each step. progress wraps a loop and
-        says how far it is, by default nothing. Raises ValueError for an unknown sampler, or
-        for steps outside 1 to T."""
+        says how far it is; the default says nothing. Raises ValueError for an unknown sampler,
+        or for steps outside 1 to T."""
         if sampler not in self.SAMPLERS:
             raise ValueError(f"no sampler {sampler!r}; choose {', '.join(self.SAMPLERS)}")
         images = []
@@ -761,7 +764,7 @@ def check(setting, value):
         advice = f"choose one of {', '.join(map(str, rule['choices']))}"
     elif kind is str:
         right = type(value) is str and value != ""
-        advice = f"must not be empty; it is the {rule['text']}"
+        advice = f"give a text that is not empty ({rule['text']})"
     else:
         # A tuple, as --widths is, is checked number by number.
         numbers = value if kind is tuple and isinstance(value, list) else [value]
@@ -815,13 +818,13 @@ def learning_rate(cfg, step):
     return cfg.lr * min(1, rise, fall)
 
 # Adam scales each number of a gradient for itself. But a weight is a matrix: c_out rows, one
-# for each output, and all else in the columns. Its gradient is a sum of patterns, each of
-# them a column times a row times a strength s (the SVD). The few that are in every batch are so
-# strong that they dominate it and also Adam's steps. Those that are only chance, a running mean
-# damps.
-# Muon (MomentUm, Orthogonalised: Jordan et al. 2024, kellerjordan.github.io/posts/muon) takes a
-# step of the same length for each pattern, so that rare ones are learnt, too. Stage 1 needs
-# about half as many steps as with Adam.
+# for each output, and all else in the columns. Its gradient is a sum of patterns, each of them
+# a column times a row times a strength s (the SVD). A few are in every batch, and so strong
+# that they dominate the gradient. Adam sees single numbers and no patterns, so they dominate
+# its steps, too. Muon (MomentUm, Orthogonalised: Jordan et al. 2024,
+# kellerjordan.github.io/posts/muon) takes a step of the same length for each pattern, so that
+# rare ones are learnt, too. Patterns of mere chance are damped before by a running mean of the
+# gradient. Stage 1 needs about half as many steps as with Adam.
 
 class Muon(torch.optim.Adam):
     """Muon for the weights of Conv2d and Linear. All other parameters of the network (biases,
@@ -831,20 +834,21 @@ class Muon(torch.optim.Adam):
 
         # With 16 bits (fp16, section 14) a large gradient can become infinite. Then the step is
         # to be skipped. A fused Adam, which updates all weights at once, sees to that itself.
-        # Muon does not. False makes GradScaler (see optimise) do it.
+        # Muon does not. False means that GradScaler (see optimise) does not call step then.
         self._step_supports_amp_scaling = False
         self.matrices = [layer.weight for layer in net.modules()
                          if isinstance(layer, (nn.Conv2d, nn.Linear))]
         for w in self.matrices:
-            # Adam saves and loads these, too, so the mean of gradients has the name that Adam
-            # uses. Muon does not count steps, but load_state_dict expects a number of them.
+            # Adam does not update these (see the end of step), but it saves and loads them. So
+            # the mean of gradients has the name that Adam uses. Muon does not count steps, but
+            # load_state_dict expects a number of them.
             self.state[w].update(exp_avg=torch.zeros_like(w), step=torch.zeros(()))
 
     @staticmethod
     def orthogonalise(G):
         """Makes all patterns of matrices G (n, rows, columns) equally strong.
-        G = U S V^T: the columns of U and the rows of V^T are the patterns, and the diagonal of
-        S has the strength s of each. We want U V^T, where each s is 1. If X = U S V^T, then
+        G = U S V^T: column i of U times row i of V^T is pattern i, and the diagonal of S has
+        its strength s. We want U V^T, where each s is 1. If X = U S V^T, then
         X X^T X is U S^3 V^T, and (X X^T)^2 X is U S^5 V^T. So products of X change s and
         nothing else. Applied five times, s -> 3.4445 s - 4.775 s^3 + 2.0315 s^5 (Jordan's
         numbers) takes nearly every s to 0.7 .. 1.2, much faster than to compute U, S and V."""
@@ -875,15 +879,15 @@ class Muon(torch.optim.Adam):
             torch._foreach_lerp_(means, grads, 0.05)
             ahead = torch._foreach_lerp(means, grads, 0.05)
 
-            # A convolution's c_in goes last, because in memory it is last, too (section 14).
-            # For Linear, with only two dimensions, movedim and flatten do nothing.
+            # Any order of columns would do. A convolution's c_in goes last because in memory
+            # it is last, too (section 14). For Linear, movedim and flatten do nothing.
             G = torch.stack([w.movedim(1, -1) for w in ahead])     # (n, c_out, 3, 3, c_in)
             X = self.orthogonalise(G.flatten(2))                   # (n, c_out, 9*c_in)
 
-            # The squares of all shorter x longer numbers in X sum to the sum of s^2, so to
-            # about its shorter side. Hence a number is about 1 / sqrt(longer side). We make it
-            # 0.4 lr, a typical step of Adam (cf. Liu et al. 2025, arXiv 2502.16982), so one lr
-            # suits both.
+            # Say X is m x k with m <= k. It has m strengths s near 1, and its squares sum to
+            # the sum of s^2, about m. They are m k numbers, so each is about 1 / sqrt(k). We
+            # make it 0.4 lr, a typical step of Adam (cf. Liu et al. 2025, arXiv 2502.16982), so
+            # that one lr suits both.
             size = 0.4 * self.param_groups[0]["lr"] * max(X.shape[1:]) ** 0.5
             steps = X.view(G.shape).movedim(-1, 2)                 # (n, c_out, c_in, 3, 3)
             torch._foreach_add_(weights, steps.unbind(), alpha=-size)
@@ -903,8 +907,8 @@ def optimise(scaler, optimiser, net, lr):
 @torch.no_grad()
 def update_ema(ema, model, step):
     """ema = decay ema + (1 - decay) model: an average over the last 200 steps or so. Before
-    step 1790 1 - decay is 9 / (10 + step). Then the average is over the last ninth of all
-    steps so far, so that the random start fades."""
+    step 1790, decay is smaller, and the average is over the last ninth of all steps so far, so
+    that the random start fades."""
     decay = min(0.995, (1 + step) / (10 + step))
     # All weights in one go: a loop over them would add 8 % to a step of the UNet (H100).
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -913,12 +917,12 @@ def update_ema(ema, model, step):
 # ---- 9. Stage 1 --------------------------------------------------------------------------
 # The recipe is VQGAN's (Esser et al. 2021, arXiv 2012.09841, section 3.1): reconstruction,
 # LPIPS, the latent's own losses, and a GAN that joins in late, because it can only add texture
-# to what is already in place. VQGAN sets the GAN's weight anew in each step, so that its
-# gradient is as large as that of the reconstruction. Here it rises over 1000 steps, so that an
-# untrained discriminator does no harm, and then falls with the learning rate. Without that
-# fall, coloured grain stays in the eyes of the faces. Run (section 13) counts steps, logs,
-# saves and resumes. optimise (section 8) clips gradients, takes a step, and clears them.
-# pick_device, autocast, place and compile_networks (section 14) are for speed.
+# to what is already in place. VQGAN sets the GAN's weight anew in each step, so that in the
+# last layer its gradient is as large as that of reconstruction and LPIPS. Here it rises over
+# 1000 steps, so that an untrained discriminator does no harm, and then falls with the learning
+# rate. Without that fall, coloured grain stays in the eyes of the faces. Run (section 13)
+# counts steps, logs, saves and resumes. optimise (section 8) clips gradients, takes a step, and
+# clears them. pick_device, autocast, place and compile_networks (section 14) are for speed.
 
 LPIPS_WEIGHTS = Path(__file__).resolve().with_name("lpips_weights.pth")
 
@@ -982,8 +986,8 @@ def train_ae(cfg):
                 if lpips:
                     losses["perceptual"] = lpips(x_rec, x).mean()
                 if weights["gan"] > 0:
-                    # What gets a gradient is noted here, as the graph is built, and not in
-                    # backward: x_rec gets one, the discriminator's weights get none.
+                    # Autograd decides now, as it builds the graph, what gets a gradient: x_rec
+                    # does, and the discriminator's weights do not, whatever they are later.
                     disc.requires_grad_(False)
                     losses["gan"] = generator_loss(cfg.gan, disc(x_rec))
                     disc.requires_grad_(True)
@@ -1145,7 +1149,7 @@ def load_ldm(path, device="cpu"):
 
 def find_run(cfg, *names):
     """The run folder --out, or else the newest with one of these files. Raises UserError."""
-    # If --data was given, resolve has set cfg.out.
+    # If --data was given, resolve has set cfg.out to runs/ and its name.
     folders = [Path(cfg.out)] if cfg.out else Path("runs").glob("*")
     found = [folder / name for folder in folders for name in names if (folder / name).exists()]
     require(found, f"no {' or '.join(names)} in {os.path.abspath(cfg.out or 'runs')}; run train-ae "
@@ -1282,7 +1286,8 @@ def decode_image(path, size, channels):
 
 def load_folder(folder, size, channels):
     """The pictures of a folder and its subfolders, uint8 (N, channels, size, size), in an order
-    that is random but always the same. Says what it leaves out. Raises UserError."""
+    that is random but always the same. Says what it leaves out, but for hidden files. Raises
+    UserError."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     known = Image.registered_extensions()
     left_out = [p.suffix.lower() for p in files if p.suffix.lower() not in known]
@@ -1457,8 +1462,8 @@ class Run:
             signal.signal(number, before[number])  # so that a second one acts at once
 
         if threading.current_thread() is threading.main_thread():  # only this one gets signals
-            # This is a set, for Windows has no SIGHUP, and SIGTERM, given twice, would have
-            # stop itself as its handler until now.
+            # This is a set. Where there is no SIGHUP, as on Windows, a list would have SIGTERM
+            # twice, and the second time take `stop` for the handler to go back to.
             for s in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
                 if signal.getsignal(s) != signal.SIG_IGN:  # nohup ignores SIGHUP
                     before[s] = signal.signal(s, stop)
@@ -1645,7 +1650,8 @@ def compile_networks(cfg, device, *networks):
             if isinstance(module, nn.GroupNorm):
                 module.__class__ = OnePassGroupNorm  # same weights, another forward
         # "reduce-overhead" records what the GPU does as a CUDA graph, and replays it in one
-        # call. A replay overwrites the gradients that --accum has to add up.
+        # call. A replay overwrites the gradients that --accum has to add up, so it is only for
+        # --accum 1.
         net.compile(dynamic=False, mode="reduce-overhead" if cfg.accum == 1 else "default")
 
 
