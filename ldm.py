@@ -1360,7 +1360,7 @@ def to_float(images, device):
 # learning rate, the start of the GAN and the end of the early UNet. A folder of data may have
 # moved, since what counts is the checksum of its pictures.
 MAY_CHANGE = ["out", "data", "data_root", "steps", "amp", "compile", "save_every"]
-FORMAT = "ldm.py, format 8"  # counts up when the content of checkpoints changes
+FORMAT = "ldm.py, format 9"  # counts up when the content of checkpoints changes
 
 def say(*words):
     """print, but a closed terminal, or letters that it does not know, never end a training."""
