@@ -299,8 +299,8 @@ class LPIPS(nn.Module):
     """Distance of two images as people see it, by the classifier VGG16. It is that of the
     `lpips` package with net="vgg", v0.1, and it is never trained. weights: a file with w^2 (see
     forward), how much each channel counts for people, (1, c, 1, 1) for each of five layers.
-    vgg: a dict with the `features.*` weights of VGG16; None downloads torchvision's once, 528
-    MB. Raises FileNotFoundError if one of the two is missing, damaged or cannot be
+    vgg: a dict with the `features.*` weights of VGG16; None downloads torchvision's 528 MB
+    once. Raises FileNotFoundError if one of the two is missing, damaged or cannot be
     downloaded."""
     def __init__(self, weights="lpips_weights.pth", vgg=None):
         super().__init__()
@@ -743,7 +743,7 @@ class SampleConfig(RunConfig):
     autoguidance: float = flag(1.5, "strength of autoguidance; 1 turns it off and makes sampling "
                                "twice as fast", low=0, high=10)
     save_images: bool = flag(False, "sample only: also write each image into samples/, in place of "
-                              "those there", False, True)
+                             "those there", False, True)
 
 class UserError(Exception):
     """A mistake that the user can repair. main prints its sentence, without a traceback."""
@@ -848,10 +848,10 @@ class Muon(torch.optim.Adam):
     def orthogonalise(G):
         """Makes all patterns of matrices G (n, rows, columns) equally strong.
         G = U S V^T: column i of U times row i of V^T is pattern i, and the diagonal of S has
-        its strength s. We want U V^T, where each s is 1. If X = U S V^T, then
-        X X^T X is U S^3 V^T, and (X X^T)^2 X is U S^5 V^T. So products of X change s and
-        nothing else. Applied five times, s -> 3.4445 s - 4.775 s^3 + 2.0315 s^5 (Jordan's
-        numbers) takes nearly every s to 0.7 .. 1.2, much faster than to compute U, S and V."""
+        its strength s. We want U V^T, where each s is 1. If X = U S V^T, then X X^T X is
+        U S^3 V^T, and (X X^T)^2 X is U S^5 V^T. So products of X change s and nothing else.
+        Applied five times, s -> 3.4445 s - 4.775 s^3 + 2.0315 s^5 (Jordan's numbers) takes
+        nearly every s to 0.7 .. 1.2. That is much faster than to compute U, S and V."""
         if G.shape[1] > G.shape[2]:  # transposed, so that X X^T is small
             return Muon.orthogonalise(G.mT).mT
         X = G / (G.norm(dim=(1, 2), keepdim=True) + 1e-12)  # so that every s is at most 1
