@@ -177,7 +177,8 @@ def build_encoder(channels, widths, layers, c_out):
         *[DownBlock(a, b, layers) for a, b in zip(widths, widths[1:])],
         MidBlock(c, c, layers),                                    # (B, 256, 32, 32)
         norm_silu_conv(c, c_out),                                  # (B, c_out, 32, 32)
-        nn.Conv2d(c_out, c_out, 1))                                # it mixes channels
+        # VQGAN (section 9) ends so, too, although one convolution could do the work of both.
+        nn.Conv2d(c_out, c_out, 1))
 
 def build_decoder(channels, widths, layers, z_channels):
     """Latent (B, D, h, w) -> image (B, C, H, W): the encoder, mirrored."""
@@ -293,14 +294,14 @@ class VAE(nn.Module):
 # squared error is the mean of all that fit, and with the least absolute error their median.
 # Both are a blur. LPIPS (Zhang et al. 2018, arXiv 1801.03924) compares images by what a trained
 # classifier sees in them. In these features a blur is far from every photo, so that a sharp
-# answer costs the decoder less.
+# answer costs the decoder less than a blur.
 
 class LPIPS(nn.Module):
-    """Distance of two images as people see it, by the classifier VGG16. It is that of the
-    `lpips` package with net="vgg", v0.1, and it is never trained. weights: a file with w^2 (see
-    forward), how much each channel counts for people, (1, c, 1, 1) for each of five layers.
-    vgg: a dict with the `features.*` weights of VGG16; None downloads torchvision's 528 MB
-    once. Raises FileNotFoundError if one of the two is missing, damaged or cannot be
+    """Distance of two images as people see it, by the classifier VGG16: the same figure as from
+    the `lpips` package with net="vgg", v0.1. Nothing here is trained. weights: a file with w^2
+    (see forward), how much each channel counts for people, (1, c, 1, 1) for each of five
+    layers. vgg: a dict with the `features.*` weights of VGG16; None downloads torchvision's 528
+    MB once. Raises FileNotFoundError if one of the two is missing, damaged or cannot be
     downloaded."""
     def __init__(self, weights="lpips_weights.pth", vgg=None):
         super().__init__()
@@ -468,8 +469,8 @@ class NoiseScheduler(nn.Module):
         the rest. But z0 is not known. Many fit, and with their mean the result varies too
         little, the more so the longer a step. All samplers suffer from that, this one most, as
         each of its draws relies on the mean anew. So it needs many steps."""
-        # Two things are known of z. By z0 it is near alpha[t_next] z0, with deviation
-        # sigma[t_next]. And z_t is sqrt(a) z plus noise of variance beta. Bayes' rule
+        # Two things are known of z, the one at t_next. By z0 it is near alpha[t_next] z0, with
+        # deviation sigma[t_next]. And z_t is sqrt(a) z plus noise of variance beta. Bayes' rule
         # multiplies these two Gaussians, which gives a Gaussian with the weights and std below.
         a = (self.alpha[t] / self.alpha[t_next]) ** 2  # what DDPM calls alpha_t, if t_next = t - 1
         beta = 1 - a  # here for the whole way from t_next to t
@@ -488,8 +489,8 @@ class NoiseScheduler(nn.Module):
         were asked again on the way, its z0 would drift. It does so about evenly in lambda =
         log(alpha / sigma), in which equal steps multiply signal to noise by the same factor. So
         this extends a line through the last two estimates over the step, and takes its mean
-        there, the value in the middle. previous: (t, z0) of the step before, as the
-        network gave it."""
+        there, the value in the middle. previous: (t, z0) of the step before, as the network
+        gave it."""
         if previous is not None and t_next >= 0:  # at t = -1 lambda is infinite: plain DDIM
             steps = (previous[0], t, t_next)
             lam_before, lam, lam_next = (math.log(self.alpha[i] / self.sigma[i]) for i in steps)
@@ -600,7 +601,8 @@ class LatentDiffusion(nn.Module):
 
     def denoise(self, z_t, t, autoguidance=1.5):
         """z_t (B, D, h, w) at step t (an int) -> estimates of z0 and eps, of the same shape.
-        autoguidance: 1 is off and takes half the time; above 1 goes away from early_unet."""
+        autoguidance of 1 does not ask early_unet, which takes half the time. Above 1 it leads
+        away from what early_unet answers."""
         t_batch = torch.full((len(z_t),), t, device=z_t.device)
         pred = self.ema_unet(z_t, t_batch)
         if autoguidance != 1:
@@ -881,7 +883,7 @@ class Muon(torch.optim.Adam):
 
             # Any order of columns would do. A convolution's c_in goes last because in memory
             # it is last, too (section 14). For Linear, movedim and flatten do nothing.
-            G = torch.stack([w.movedim(1, -1) for w in ahead])     # (n, c_out, 3, 3, c_in)
+            G = torch.stack([m.movedim(1, -1) for m in ahead])     # (n, c_out, 3, 3, c_in)
             X = self.orthogonalise(G.flatten(2))                   # (n, c_out, 9*c_in)
 
             # Say X is m x k with m <= k. It has m strengths s near 1, and its squares sum to

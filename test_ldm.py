@@ -728,8 +728,7 @@ def test_held_psnr_is_that_of_the_checkpoint_on_held_out_images(train):
 
 @pytest.fixture
 def first_gradient(train, monkeypatch):
-    """first_gradient(stage, optimisers, **settings): that of a training without noise, random
-    steps and clipping, from Adam's first moments, which are in proportion to it."""
+    """first_gradient(stage, optimisers, **settings), up to a factor, without chance or clipping."""
     def run(stage, optimisers, **settings):
         parts = train(stage, f"run{len(os.listdir())}", steps=1, **settings)["parts"]
         states = [state for opt in optimisers for state in parts[opt]["state"].values()]
@@ -966,7 +965,7 @@ def test_every_kind_of_picture_is_decoded():
     y, x = np.mgrid[:16, :16] * 17
     a, grey = np.stack([x, y, 255 - x, (x + y) // 2], axis=2).astype(np.uint8), np.uint8(x)
     rgb, three, opaque = a[..., :3], np.repeat(grey[..., None], 3, 2), a[..., 3:] / 255
-    palette, la = Image.fromarray(grey // 64).convert("P"), Image.fromarray(a[..., [0, 3]])
+    palette = Image.fromarray(grey // 64).convert("P")
     palette.putpalette([10, 20, 30, 200, 0, 0, 0, 200, 0, 0, 0, 200])
     table = np.array([[255] * 3, [200, 0, 0], [0, 200, 0], [0, 0, 200]])  # index 0: see-through
     deep = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)[::-1] // 100 * 100
@@ -975,7 +974,7 @@ def test_every_kind_of_picture_is_decoded():
     for name, image, options, expected in (
             ("one_bit.png", Image.fromarray(grey > 99), {}, (three > 99) * 255),
             ("sixteen_bits.png", Image.fromarray(deep), {}, deep[..., None] / 257 * np.ones(3)),
-            ("grey_alpha.png", la, {}, three * opaque + 255 * (1 - opaque)),
+            ("la.png", Image.fromarray(a[..., [0, 3]]), {}, three * opaque + 255 * (1 - opaque)),
             ("palette.png", palette, {"transparency": 0}, table[grey // 64]),
             ("rgba.png", Image.fromarray(a), {}, rgb * opaque + 255 * (1 - opaque)),
             ("broken_exif.png", Image.fromarray(rgb), {"exif": b"no header"}, rgb),
@@ -1401,7 +1400,8 @@ def test_homework_fails_its_own_tests_and_no_others(monkeypatch, name):
     class Plugin:
         def pytest_runtest_logreport(self, report):
             failed.update(word for word in graded if report.failed and word in report.nodeid)
-    graded, failed = re.findall("`(.+?)`", re.search("-k NAME`(.*?)\n\n", README, re.S)[1]), set()
+    graded = re.findall("`(.+?)`", re.search("-k NAME`(.*?)\n\n", README, re.S)[1])
+    failed = set()
     Path("ldm.py").write_text(TEXT)
     blank(Path("ldm.py"), [name])
     with pytest.raises(AssertionError, match="homework already"):
