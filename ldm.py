@@ -54,9 +54,9 @@ from torchvision.transforms import functional as TF
 # shortcut, so that a gradient can pass a deep stack of them without fading.
 
 def group_norm(c):
-    # The number of groups has to divide c, here always a multiple of 4. gcd(32, c // 4) does.
-    # It is at most 32, and leaves at least 4 channels in each group, since a channel alone in
-    # its group would lose its mean.
+    # The number of groups has to divide c, here always a multiple of 4. gcd(32, c // 4) does:
+    # 128 channels make 32 groups of 4, and 192 make 16 groups of 12. Each has at least 4, since
+    # the norm takes the mean of a group away, and a channel alone would lose its own.
     return nn.GroupNorm(math.gcd(32, c // 4), c)
 
 class Attention(nn.Module):
@@ -167,9 +167,9 @@ class UpBlock(nn.Module):
 # much noise blurs, and latents need not be N(0, 1), since stage 2 learns how they are spread.
 
 def build_encoder(channels, widths, layers, c_out):
-    """Image (B, C, H, W) -> (B, c_out, h, w). Each width after the first halves the sides, so
-    that H and W have to be divisible by 2 as often. The shapes beside the code are those of
-    256x256 images and widths 64 64 128 256."""
+    """Image (B, C, H, W) -> (B, c_out, h, w). Each width after the first halves the sides. So
+    H and W have to be divisible by 2 once for each of these. The shapes beside the code are
+    those of 256x256 images and widths 64 64 128 256."""
     c = widths[-1]
     return nn.Sequential(
         nn.Conv2d(channels, widths[0], 3, padding=1),              # (B, 64, 256, 256)
@@ -390,12 +390,12 @@ def discriminator_loss(kind, real, fake):
 # pure noise (t = T-1). A network is shown z_t and t, and predicts eps, or a mixture of eps and
 # z0 called v. From either a guess of z0 follows, and a squared error makes it the mean of all
 # z0 that fit z_t. At t = T-1 all images fit, and their mean is a blur. So a sampler mixes this
-# guess again with noise, but slightly less of it, and asks again. That noise is the eps which
-# follows from the answer, or partly new. In less noise more of an image shows, so fewer fit,
-# and their mean is sharper. Which ones still fit is decided by chance: by the noise that it all
-# started from, and by new noise. At the end only one is left. Papers: DDPM (Ho et al. 2020,
-# arXiv 2006.11239), DDIM (Song et al. 2020, 2010.02502), DPM-Solver++ (Lu et al. 2022,
-# 2211.01095).
+# guess again with noise, slightly less than before, and asks again. In less noise more of an
+# image shows, so fewer images fit, and their mean is sharper. At the end only one fits. What
+# is mixed in is the eps that follows from the answer, or partly new noise. So which image
+# remains is a matter of chance: of the noise at the start, and of all new noise. Papers: DDPM
+# (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2020, 2010.02502), DPM-Solver++ (Lu et
+# al. 2022, 2211.01095).
 
 class NoiseScheduler(nn.Module):
     """How much noise there is at each step, and how to go from one step to another.
@@ -439,7 +439,8 @@ class NoiseScheduler(nn.Module):
         """How often each step is drawn in training, (T,): evenly for eps, as in DDPM, but in
         proportion to alpha for v. At noisy steps, of which there are hundreds, even the best
         guess of v errs much. If they were drawn as often as others, they would swamp the
-        gradient. That alpha is a good weight was tried, and not derived."""
+        gradient. To draw a step half as often has the effect of half its loss. That alpha is a
+        good weight was tried, and not derived."""
         alpha = self.table[0, :-1]  # without the entry for a clean latent
         return alpha if self.target == "v" else torch.ones_like(alpha)
 
@@ -540,8 +541,9 @@ class UNet(nn.Module):
             args = dict(layers=layers, t_dim=t_dim, heads=4)
             c_in, c_out, halve = widths[i], widths[i + 1], i < downs
             self.down_blocks.append(DownBlock(c_in, c_out, **args, down=halve))
-            # Up block i gets widths[i] from below and by the skip, and makes widths[i - 1]. The
-            # last one, 0, makes widths[0]. (See the right column above, upwards.)
+            # Beside down block i, the up block gets widths[i] channels from below and as many
+            # by the skip. It makes widths[i - 1], as 384 + 384 -> 256 for i = 2, and the last
+            # one, whose i is 0, makes widths[0].
             up = UpBlock(c_in, widths[max(i - 1, 0)], **args, up=halve, c_skip=c_in)
             self.up_blocks.insert(0, up)  # the way up mirrors the way down
 
@@ -601,8 +603,8 @@ class LatentDiffusion(nn.Module):
 
     def denoise(self, z_t, t, autoguidance=1.5):
         """z_t (B, D, h, w) at step t (an int) -> estimates of z0 and eps, of the same shape.
-        autoguidance of 1 does not ask early_unet, which takes half the time. Above 1 it leads
-        away from what early_unet answers."""
+        With an autoguidance of 1, early_unet is not asked, and this takes half the time. Above
+        1 it leads away from what early_unet answers."""
         t_batch = torch.full((len(z_t),), t, device=z_t.device)
         pred = self.ema_unet(z_t, t_batch)
         if autoguidance != 1:
@@ -667,8 +669,8 @@ class LatentDiffusion(nn.Module):
 
 # ---- 8. Settings and optimisers ----------------------------------------------------------
 # Here the lecture turns from models to training. A dataclass holds the settings of a command,
-# and the command line is made from its fields. The defaults, except data, are for 256x256
-# photos. Beside them stands what is different for the two small data sets.
+# and those made by `flag` are also flags of the command line. The defaults, except data, are
+# for 256x256 photos. Beside them stands what is different for the two small data sets.
 
 def flag(default, text, *choices, low=1, high=10 ** 9, group=None, **presets):
     """A setting: its default, help text, choices if any (False, True for a switch), low and
@@ -682,7 +684,7 @@ class RunConfig:
     data: str = flag("toyfaces", "toyfaces, mnist, celebhq, or a folder", group="data and run")
     data_root: str = flag("data", "folder that holds the data sets")
     out: str = flag(None, "run folder; if not given, runs/ and the name of the data")
-    seed: int = flag(0, "seed of noise, and in training of weights and batches", low=0)
+    seed: int = flag(0, "seed of the noise; in training also of weights and batches", low=0)
     amp: str = flag("auto", "mixed precision; auto: yes on CUDA", "auto", "bf16", "fp16", "off")
 
 @dataclass
@@ -734,7 +736,7 @@ class LDMConfig(TrainConfig):
 
 @dataclass
 class SampleConfig(RunConfig):
-    data: str = flag(None, "data set of the run; if not given, newest run", group="data and run")
+    data: str = flag(None, "data set; if not given, that of the run", group="data and run")
     out: str = flag(None, "run folder; if not given, that of --data, or else the newest")
     data_root: str = flag(None, "folder that holds the data sets; if not given, as in training")
     n: int = flag(None, "images to make, of which samples.png shows 64 at most; if not given, "
@@ -793,17 +795,18 @@ def resolve(cls, given):
     cfg.data_root = cfg.data_root and os.path.abspath(cfg.data_root)
     if cfg.data not in (None, "toyfaces", "mnist", "celebhq"):
         cfg.data = os.path.abspath(cfg.data)
-        inside = Path(os.path.abspath(cfg.out)).is_relative_to(cfg.data)
-        require(not inside, f"--out {cfg.out}: lies inside --data, so its pictures would be "
-                "trained on; give another folder")
 
     if issubclass(cls, TrainConfig):
+        photos = os.path.join(cfg.data_root, "celebhq") if cfg.data == "celebhq" else cfg.data
+        inside = Path(os.path.abspath(cfg.out)).is_relative_to(photos)
+        require(not inside, f"--out {cfg.out}: lies inside {photos}, so its pictures would be "
+                "trained on; give another folder")
         folder = next(p for p in (Path(cfg.out), *Path(cfg.out).parents) if p.exists())
         require(folder.is_dir() and os.access(folder, os.W_OK), f"--out {cfg.out}: {folder} is no "
                 "folder that you may write to; give another")
         right = len(cfg.widths) > 1 and not any(c % 4 for c in cfg.widths)
         require(right, f"--widths {' '.join(map(str, cfg.widths))}: give two or more multiples of "
-                "4, because attention has 4 heads, and norms need groups of at least 4")
+                "4, because attention divides them among 4 heads")
     if cls is AEConfig:
         factor = 2 ** (len(cfg.widths) - 1)
         require(cfg.size % factor == 0, f"--size {cfg.size}: must be divisible by {factor}, "
@@ -819,24 +822,24 @@ def learning_rate(cfg, step):
     fall = (cfg.steps + 1 - step) / (0.5 * cfg.steps)
     return cfg.lr * min(1, rise, fall)
 
-# Adam scales each number of a gradient for itself. But a weight is a matrix: c_out rows, one
-# for each output, and all else in the columns. Its gradient is a sum of patterns, each of them
-# a column times a row times a strength s (the SVD). A few are in every batch, and so strong
-# that they dominate the gradient. Adam sees single numbers and no patterns, so they dominate
-# its steps, too. Muon (MomentUm, Orthogonalised: Jordan et al. 2024,
-# kellerjordan.github.io/posts/muon) takes a step of the same length for each pattern, so that
-# rare ones are learnt, too. Patterns of mere chance are damped before by a running mean of the
-# gradient. Stage 1 needs about half as many steps as with Adam.
+# Adam scales each number of a gradient for itself. But a weight is a matrix. It has c_out
+# rows, one for each output, and its columns hold everything else. Its gradient is a sum of
+# patterns, each of them a column times a row times a strength s (the SVD). A few are in
+# every batch, and so strong that they dominate the gradient. Adam sees single numbers and
+# no patterns, so they dominate its steps, too. Muon (MomentUm, Orthogonalised: Jordan et
+# al. 2024, kellerjordan.github.io/posts/muon) takes a step of the same length for each
+# pattern, so that rare ones are learnt, too. Before that, a running mean of the gradient
+# damps patterns that are mere chance. Stage 1 needs about half as many steps as with Adam.
 
 class Muon(torch.optim.Adam):
-    """Muon for the weights of Conv2d and Linear. All other parameters of the network (biases,
-    norms, a codebook) are left to Adam, which the betas are for. optimise sets lr."""
+    """Muon for the weights of Conv2d and Linear. Adam updates all other parameters of the
+    network (biases, norms, a codebook), and the betas are Adam's. optimise sets lr."""
     def __init__(self, net, betas):
         super().__init__(net.parameters(), betas=betas, fused=True)
 
-        # With 16 bits (fp16, section 14) a large gradient can become infinite. Then the step is
-        # to be skipped. A fused Adam, which updates all weights at once, sees to that itself.
-        # Muon does not. False means that GradScaler (see optimise) does not call step then.
+        # In fp16 (section 14) a gradient can become infinite, and then the step has to be left
+        # out. GradScaler (see optimise) sees to that, unless an optimiser says here that it
+        # does so itself. A fused Adam, which updates all weights at once, does. Muon does not.
         self._step_supports_amp_scaling = False
         self.matrices = [layer.weight for layer in net.modules()
                          if isinstance(layer, (nn.Conv2d, nn.Linear))]
@@ -1040,7 +1043,7 @@ def load_autoencoder(path, device):
             "run train-ae again")
     ae = build_autoencoder(cfg)
     ae.load_state_dict(ckpt["parts"]["ae"])
-    return place(ae, device).eval().requires_grad_(False), cfg
+    return place(ae, torch.device(device)).eval().requires_grad_(False), cfg
 
 def load_same_images(cfg, ae_cfg):
     """The images that an autoencoder was trained on, and those held out. Raises UserError if
@@ -1061,12 +1064,14 @@ def build_ldm(cfg, ae, ae_cfg):
     return LatentDiffusion(ae, unet, NoiseScheduler(target=cfg.target), z_shape)
 
 @torch.no_grad()
-def encode_images(ae, images, device, dtype):
-    """uint8 (N, C, H, W) -> latents (N, D, h, w), float16, on the device."""
+def encode_images(ae, images, device, dtype, flip=False):
+    """uint8 (N, C, H, W) -> latents (N, D, h, w), float16, on the device. With flip the images
+    are mirrored, batch by batch, since a second copy of all might not fit into memory."""
     latents = []
     for batch in progress(images.split(32), "encoding, batch"):
+        x = to_float(batch, device)
         with autocast(device, dtype):
-            latents.append(ae.encode(to_float(batch, device)).half())
+            latents.append(ae.encode(x.flip(3) if flip else x).half())
     return torch.cat(latents)
 
 @torch.no_grad()
@@ -1099,7 +1104,7 @@ def train_ldm(cfg):
 
     z_all = encode_images(ae, images, device, dtype)               # (N, D, h, w)
     if cfg.flip:  # mirroring an image does not just mirror its latent
-        z_all = torch.cat([z_all, encode_images(ae, images.flip(3), device, dtype)])
+        z_all = torch.cat([z_all, encode_images(ae, images, device, dtype, flip=True)])
     ldm.measure(z_all)
     say(f"latents {tuple(z_all.shape)}, mean {ldm.mean.flatten()}, std {ldm.std.flatten()}")
     # Noise and t are always the same for these, so 64 images are enough for a smooth curve.
@@ -1141,7 +1146,7 @@ def train_ldm(cfg):
 
 def load_ldm(path, device="cpu"):
     """The LatentDiffusion of a checkpoint ldm.pt, frozen, on the device. Raises UserError."""
-    ckpt = load_file(Path(path), "ldm", mmap=True)  # much of the file is not needed
+    ckpt = load_file(path, "ldm", mmap=True)  # much of the file is not needed
     cfg = LDMConfig(**ckpt["config"])
     ae_cfg = AEConfig(**cfg.ae_settings)
     ldm = build_ldm(cfg, build_autoencoder(ae_cfg), ae_cfg)
@@ -1163,8 +1168,10 @@ def sample(cfg):
     device, dtype = pick_device(cfg)
     folder = find_run(cfg, "ldm.pt")
     ldm = load_ldm(folder / "ldm.pt", device)
-    require(cfg.data in (None, ldm.ae_cfg.data), f"--data {cfg.data}: {folder} was trained on "
-            f"{ldm.ae_cfg.data}; leave --data out, or name another run with --out")
+    # A folder of photos may have moved since the training, so only its last name is compared.
+    same = cfg.data is None or Path(cfg.data).name == Path(ldm.ae_cfg.data).name
+    require(same, f"--data {cfg.data}: {folder} was trained on {ldm.ae_cfg.data}; leave --data "
+            "out, or name another run with --out")
     require(os.access(folder, os.W_OK), f"{folder} cannot be written; copy it, and name the copy "
             "with --out")
 
@@ -1288,9 +1295,10 @@ def decode_image(path, size, channels):
 
 def load_folder(folder, size, channels):
     """The pictures of a folder and its subfolders, uint8 (N, channels, size, size), in an order
-    that is random but always the same. Says what it leaves out, but for hidden files. Raises
-    UserError."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    that is random but always the same. Says what it leaves out, but for hidden files and
+    folders, as thumbnails may be. Raises UserError."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    files = [p for p in files if not any(name[0] == "." for name in p.relative_to(folder).parts)]
     known = Image.registered_extensions()
     left_out = [p.suffix.lower() for p in files if p.suffix.lower() not in known]
     for suffix in sorted(set(left_out)):
@@ -1355,7 +1363,7 @@ def to_float(images, device):
 
 
 # ---- 13. Runs ----------------------------------------------------------------------------
-# A run folder holds all of a training: curves, pictures, and checkpoints with the log in them.
+# A run folder holds what a training writes: curves, pictures, and checkpoints with the log.
 # A stopped run goes on with the same command, and a file is either whole or not there at all.
 
 # These settings may differ when a command goes on with a run. A changed --steps moves the
@@ -1403,7 +1411,7 @@ def new_file(path):
         with contextlib.suppress(OSError):
             partial.unlink()
         # On a full disk torch.save raises a RuntimeError, whose context is the true reason.
-        reason = error.__context__ if isinstance(error, RuntimeError) else error
+        reason = error if isinstance(error, OSError) else error.__context__ or error
         raise UserError(f"{path} cannot be written ({reason}); make room, close programs that use "
                         "it, or see whether you may write there") from error
 
@@ -1417,9 +1425,9 @@ def load_file(path, kind, mmap=False):
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         return ckpt[f"{kind} of {FORMAT}"]
     except Exception as error:  # whatever disks, zip files and unpicklers raise
-        raise UserError(f"{path.absolute()} cannot be read. If it is not there, run train-{kind}. "
-                        "If it is, it is damaged, or another version of ldm.py wrote it: move "
-                        "it away and train again") from error
+        raise UserError(f"{os.path.abspath(path)} cannot be read. If it is not there, run "
+                        f"train-{kind}. If it is, it is damaged, or another version of ldm.py "
+                        "wrote it: move it away and train again") from error
 
 class Run:
     """A training stage in its run folder: counts steps, logs, saves, and goes on after a stop.
@@ -1443,7 +1451,7 @@ class Run:
         for name, now in reversed(asdict(self.cfg).items()):
             before = ckpt["config"][name]
             require(name in MAY_CHANGE or before == now, f"{self.path} was trained with different "
-                    f"{name} ({before!s:.40}); undo that change, or move the file away")
+                    f"{name} ({before!s:.40}); give that again, or move the file away")
         for name, state in ckpt["parts"].items():
             if state:  # a scaler that is off has none
                 self.parts[name].load_state_dict(state)
@@ -1485,7 +1493,7 @@ class Run:
 
         # The caller saved it, since due is true in the last step.
         say(f"step {self.step} of {self.cfg.steps} is saved: {self.path.absolute()}")
-        if self.step < self.cfg.steps:
+        if asked:  # also in the very last step, lest demo goes on with the next stage
             raise KeyboardInterrupt
 
     def due(self, every):
@@ -1494,7 +1502,8 @@ class Run:
 
     def add(self, losses):
         """Notes losses, without reading them: that would make Python wait for the GPU."""
-        for name, value in losses.items():  # clone: compiled, the next step overwrites them
+        for name, value in losses.items():
+            # The next step of a compiled network overwrites its outputs, so this is a copy.
             self.losses.setdefault(name, []).append(value.detach().clone())
 
     def log(self, figures):
@@ -1643,7 +1652,7 @@ def compile_networks(cfg, device, *networks):
     try:
         torch.compile(nn.SiLU())(torch.zeros(8, device=device))
     except Exception as error:  # of Dynamo, Inductor, Triton or the C compiler
-        say(f"not compiled, so training is slower; the reason: {str(error).splitlines()[0]}")
+        say("not compiled, so training is slower; the reason:", str(error).split("\n")[0])
         return
 
     say("compiling: the first step takes a minute or two")
@@ -1674,7 +1683,7 @@ COMMANDS = {  # name: (settings, function, help)
     "eval": (SampleConfig, evaluate, "measure a run on held-out images")}
 
 def build_parser():
-    """A subcommand for each of COMMANDS, with a flag for each field of its settings."""
+    """A subcommand for each of COMMANDS, with the flags of its settings."""
     parser = argparse.ArgumentParser(prog="ldm.py", description="Latent diffusion in one file.")
     subparsers = parser.add_subparsers(dest="command")
     special = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": int, "nargs": "+"}}
@@ -1694,7 +1703,8 @@ def build_parser():
     return parser
 
 def main(argv=None):
-    """Runs a command line; returns the exit code: 0 done, 2 an error, 130 stopped."""
+    """Runs a command line and returns the exit code: 0 done, 2 an error that the user can mend,
+    130 stopped. For a wrong flag argparse raises SystemExit(2)."""
     parser = build_parser()
     given = vars(parser.parse_args(argv))  # SUPPRESS leaves only what was typed
     command = given.pop("command")
@@ -1703,6 +1713,8 @@ def main(argv=None):
         return 0
 
     cls, function, _ = COMMANDS[command]
+    if not torch.accelerator.is_available():
+        say("no GPU was found, so this runs on the CPU")
     try:
         function(resolve(cls, given))
         return 0
@@ -1711,14 +1723,15 @@ def main(argv=None):
     except (UserError, OSError) as error:
         message = error
     except (MemoryError, RuntimeError) as error:
-        # PyTorch raises a RuntimeError. The first words are a GPU's, the others are a CPU's, on
-        # Linux and on Windows.
+        # PyTorch raises a RuntimeError. The first words come from a GPU, the others from a CPU,
+        # on Linux and on Windows.
         words = ("out of memory", "can't allocate memory", "not enough memory")
         if not isinstance(error, MemoryError) and not any(w in str(error) for w in words):
             raise
-        message = ("out of memory. Give a smaller --batch; in the place of demo, which has none, "
-                   "run train-ae, train-ldm and sample. If a training has begun, first move its "
-                   "file away: ae.pt for train-ae, ldm.pt for train-ldm")
+        message = ("out of memory. Give a smaller --batch; demo has none, so run train-ae, "
+                   "train-ldm and sample instead. A training that has begun cannot change it: "
+                   "first move its file away, ae.pt of train-ae or ldm.pt of train-ldm. If the "
+                   "images alone are too many for the memory, take fewer of them")
     print(f"ldm.py: error: {message}", file=sys.stderr)
     return 2
 
