@@ -21,7 +21,8 @@ Read it from top to bottom: first the models, then their training, then what tra
    5 Noise scheduler   10 Stage 2: diffusion on latents    15 Command line
 
 Shapes: B batch, C image channels, H W image size, D latent channels (z_channels in code), h w
-latent size, c channels inside a network, K codebook size, N all images, T diffusion steps.
+latent size, K codebook size, N all images, T diffusion steps. Inside a network c are channels,
+and H W or h w the size of a map.
 Names: x image in [-1, 1], z latent, z_e and z_q before and after quantising, z0 normalised
 and clean, z_t with the noise of step t = 0 .. T-1, eps the noise; z_t = alpha z0 + sigma eps.
 """
@@ -63,8 +64,8 @@ class Attention(nn.Module):
     """Lets every position look at every other one: (B, c, h, w) -> the same shape.
     A convolution sees 3x3 neighbours. Attention is how the left eye learns of the right one. A
     query says what a position looks for, a key what it offers, and a value what it hands over.
-    Each gets the mean of all values, weighted by how well its query fits their keys. Heads do
-    this side by side, each with its own share of the channels."""
+    Each position gets the mean of all values, weighted by how well its query fits their keys.
+    Heads do this side by side, each with its own share of the channels."""
     def __init__(self, c, heads):
         super().__init__()
         self.heads = heads
@@ -159,8 +160,8 @@ class UpBlock(nn.Module):
 # latent exactly, so its errors might show. There are two remedies, with the same networks.
 # VQVAE (van den Oord et al. 2017, arXiv 1711.00937) rounds: at each position the nearest of K
 # learnt vectors, the codes, replaces the encoder's own, z_e. The decoder sees only codes. Stage
-# 2 models z_e, before this rounding. A further loss, the commitment, keeps z_e near the codes,
-# and rounding on the way to the decoder repairs small errors.
+# 2 models z_e, before this rounding. A loss of its own, the commitment, keeps z_e near the
+# codes, and rounding on the way to the decoder repairs small errors.
 # VAE (Kingma & Welling 2013, arXiv 1312.6114) adds noise to the latent while it trains, so that
 # neighbours have to mean similar images. The encoder could escape by making the noise small or
 # the latents huge. The KL loss, a distance to N(0, 1), punishes both. Its weight is small:
@@ -272,7 +273,7 @@ class VAE(nn.Module):
     def forward(self, x):
         """x (B, C, H, W) in [-1, 1] -> reconstruction, {"kl": KL(q(z | x) || N(0, 1))}, which
         is -1/2 sum(1 + logvar - mean^2 - exp(logvar)) (VAE, appendix B), divided by the number
-        of image values, because the pixel loss is a mean, too."""
+        of image values, because the pixel loss is divided by that, too."""
         mean, logvar = self.encoder(x).float().chunk(2, dim=1)     # each (B, D, h, w)
         logvar = logvar.clamp(-30, 20)                             # exp stays finite
         # Drawing z has no gradient, but mean + std * eps has one in both (VAE, Eq. 10).
@@ -298,11 +299,11 @@ class VAE(nn.Module):
 
 class LPIPS(nn.Module):
     """Distance of two images as people see it, by the classifier VGG16: the same figure as from
-    the `lpips` package with net="vgg", v0.1. Nothing here is trained. weights: a file with w^2
-    (see forward), how much each channel counts for people, (1, c, 1, 1) for each of five
-    layers. vgg: a dict with the `features.*` weights of VGG16; None downloads torchvision's 528
-    MB once. Raises FileNotFoundError if one of the two is missing, damaged or cannot be
-    downloaded."""
+    the `lpips` package with net="vgg", v0.1. Nothing here is trained. weights: a file that says
+    how much each channel counts for people: w^2 (see forward), of shape (1, c, 1, 1), for each
+    of five layers. vgg: a dict with the `features.*` weights of VGG16; None downloads
+    torchvision's 528 MB once. Raises FileNotFoundError if one of the two is missing, damaged or
+    cannot be downloaded."""
     def __init__(self, weights="lpips_weights.pth", vgg=None):
         super().__init__()
         net = models.vgg.make_layers(models.vgg.cfgs["D"], batch_norm=False)  # VGG16
@@ -352,7 +353,7 @@ class LPIPS(nn.Module):
 # is what is missing.
 
 class PatchGAN(nn.Module):
-    """Images (B, C, H, W), at least 16x16 -> scores (B, 1, h', w') of patches; high is real."""
+    """Images (B, C, H, W), at least 8x8 -> scores (B, 1, h', w') of patches; high is real."""
     def __init__(self, channels=3, c=64):
         super().__init__()
         self.net = nn.Sequential(  # kernel 4, stride 2, padding 1 halves H and W
@@ -388,14 +389,14 @@ def discriminator_loss(kind, real, fake):
 # ---- 5. Noise scheduler ------------------------------------------------------------------
 # Noise goes in by one formula: z_t = alpha z0 + sigma eps, from nearly clean (t = 0) to nearly
 # pure noise (t = T-1). A network is shown z_t and t, and predicts eps, or a mixture of eps and
-# z0 called v. From either a guess of z0 follows, and a squared error makes it the mean of all
-# z0 that fit z_t. At t = T-1 all images fit, and their mean is a blur. So a sampler mixes this
-# guess again with noise, slightly less than before, and asks again. In less noise more of an
-# image shows, so fewer images fit, and their mean is sharper. At the end only one fits. What
-# is mixed in is the eps that follows from the answer, or partly new noise. So which image
-# remains is a matter of chance: of the noise at the start, and of all new noise. Papers: DDPM
-# (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2020, 2010.02502), DPM-Solver++ (Lu et
-# al. 2022, 2211.01095).
+# z0 called v. From either a guess of z0 follows. Training with a squared error makes this guess
+# the mean of all z0 that fit z_t. At t = T-1 all images fit, and their mean is a blur. So a
+# sampler mixes this guess again with noise, slightly less than before, and asks again. In less
+# noise more of an image shows, so fewer images fit, and their mean is sharper. At the end only
+# one fits. What is mixed in is the eps that follows from the answer, or partly new noise. So
+# which image remains is a matter of chance: of the noise at the start, and of all new noise.
+# Papers: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2020, 2010.02502),
+# DPM-Solver++ (Lu et al. 2022, 2211.01095).
 
 class NoiseScheduler(nn.Module):
     """How much noise there is at each step, and how to go from one step to another.
@@ -413,9 +414,10 @@ class NoiseScheduler(nn.Module):
         self.target = target
 
         # In DDPM noise comes in step by step. Each leaves 1 - beta of the variance and adds
-        # beta. So of z0's variance abar, the product of all 1 - beta so far, is left. Our alpha
-        # is the root of it; what DDPM calls alpha is 1 - beta. These beta are those of Rombach
-        # et al. for faces. alpha is 0.999 at t = 0, 0.91 at 100, 0.34 at 500, 0.012 at 999.
+        # beta. So a share abar of z0's variance is left, the product of all 1 - beta so far.
+        # Our alpha is the root of it; what DDPM calls alpha is 1 - beta. These beta are those
+        # of Rombach et al. for faces. alpha is 0.999 at t = 0, 0.91 at 100, 0.34 at 500, 0.012
+        # at 999.
         beta = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, T, dtype=torch.float64) ** 2
         abar = torch.cumprod(1 - beta, dim=0).tolist() + [1.0]     # T + 1 numbers
         self.alpha = [math.sqrt(a) for a in abar]
@@ -439,8 +441,8 @@ class NoiseScheduler(nn.Module):
         """How often each step is drawn in training, (T,): evenly for eps, as in DDPM, but in
         proportion to alpha for v. At noisy steps, of which there are hundreds, even the best
         guess of v errs much. If they were drawn as often as others, they would swamp the
-        gradient. To draw a step half as often has the effect of half its loss. That alpha is a
-        good weight was tried, and not derived."""
+        gradient. Drawing a step half as often has the same effect as halving its loss. That
+        alpha is a good weight was tried, and not derived."""
         alpha = self.table[0, :-1]  # without the entry for a clean latent
         return alpha if self.target == "v" else torch.ones_like(alpha)
 
@@ -467,12 +469,14 @@ class NoiseScheduler(nn.Module):
     def ddpm_step(self, z0, z_t, t, t_next, noise):
         """Draws z at t_next, which is Gaussian if z0 and z_t are known (DDPM Eq. 6 and 7). Its
         mean mixes the two and keeps less noise than t_next is to have. New noise makes up for
-        the rest. But z0 is not known. Many fit, and with their mean the result varies too
-        little, the more so the longer a step. All samplers suffer from that, this one most, as
-        each of its draws relies on the mean anew. So it needs many steps."""
-        # Two things are known of z, the one at t_next. By z0 it is near alpha[t_next] z0, with
-        # deviation sigma[t_next]. And z_t is sqrt(a) z plus noise of variance beta. Bayes' rule
-        # multiplies these two Gaussians, which gives a Gaussian with the weights and std below.
+        the rest. But z0 is not known. Many fit, and each would give another Gaussian. With
+        their mean alone the result varies too little, the more so the longer a step. All
+        samplers suffer from that, this one most, since it is missing from each of its draws. So
+        it needs many steps."""
+        # Two things are known of z, the one at t_next. From z0 we know that it is near
+        # alpha[t_next] z0, with deviation sigma[t_next]. And z_t is sqrt(a) z plus noise of
+        # variance beta. Bayes' rule multiplies these two Gaussians, which gives a Gaussian with
+        # the weights and std below.
         a = (self.alpha[t] / self.alpha[t_next]) ** 2  # what DDPM calls alpha_t, if t_next = t - 1
         beta = 1 - a  # here for the whole way from t_next to t
         z0_weight = self.alpha[t_next] * beta / self.sigma[t] ** 2
@@ -489,9 +493,9 @@ class NoiseScheduler(nn.Module):
         """DPM-Solver++(2M), Algorithm 2. DDIM keeps one z0 for a whole step. If the network
         were asked again on the way, its z0 would drift. It does so about evenly in lambda =
         log(alpha / sigma), in which equal steps multiply signal to noise by the same factor. So
-        this extends a line through the last two estimates over the step, and takes its mean
-        there, the value in the middle. previous: (t, z0) of the step before, as the network
-        gave it."""
+        this draws a line through the last two estimates, extends it over the step, and takes
+        its value half-way, which is its mean over the step. previous: (t, z0) of the step
+        before, as the network gave it."""
         if previous is not None and t_next >= 0:  # at t = -1 lambda is infinite: plain DDIM
             steps = (previous[0], t, t_next)
             lam_before, lam, lam_next = (math.log(self.alpha[i] / self.sigma[i]) for i in steps)
@@ -518,9 +522,9 @@ def sinusoids(t, dim):
 class UNet(nn.Module):
     """z_t (B, D, h, w), t (B,) -> prediction (B, D, h, w).
     Of its len(widths) - 1 down blocks the first `downs` halve h and w. build_ldm (section 10)
-    halves as long as h and w are even and at least 4 is left. What goes into a down block is
-    also the skip for the up block beside it. Below is the celebhq default: widths 192 256 384
-    512, downs 3, h = w = 32. The data go down on the left and then up on the right.
+    has them halved as long as they are even and at least 4 is left. What goes into a down block
+    is also the skip for the up block beside it. Below is the celebhq default: widths 192 256
+    384 512, downs 3, h = w = 32. The data go down on the left and then up on the right.
       down  192 -> 256, 32 -> 16      up  192 + skip 192 -> 192, 16 -> 32
             256 -> 384, 16 -> 8           256 + skip 256 -> 192,  8 -> 16
             384 -> 512,  8 -> 4           384 + skip 384 -> 256,  4 -> 8
@@ -545,7 +549,7 @@ class UNet(nn.Module):
             # by the skip. It makes widths[i - 1], as 384 + 384 -> 256 for i = 2, and the last
             # one, whose i is 0, makes widths[0].
             up = UpBlock(c_in, widths[max(i - 1, 0)], **args, up=halve, c_skip=c_in)
-            self.up_blocks.insert(0, up)  # the way up mirrors the way down
+            self.up_blocks.insert(0, up)  # the way up begins with the innermost
 
         self.out = norm_silu_conv(c, z_channels)
         nn.init.zeros_(self.out[-1].weight)  # so its first answers are near 0
@@ -575,7 +579,8 @@ class UNet(nn.Module):
 class LatentDiffusion(nn.Module):
     """A diffusion model for the latents of a VQVAE or VAE, with z_shape = (D, h, w). Both
     averages, ema_unet (an exponential moving average) and early_unet, start as copies of unet.
-    Train a third such copy, and let update_ema (section 8) move the averages towards it."""
+    Train another copy (section 10), and let update_ema (section 8) move both averages towards
+    it."""
     def __init__(self, ae, unet, scheduler, z_shape):
         super().__init__()
         self.ae = ae
@@ -632,7 +637,7 @@ class LatentDiffusion(nn.Module):
     SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm}
 
     def draw_noise(self, generators):
-        """Noise (B, D, h, w), that of one latent from each generator. Those are on the CPU, so
+        """Noise (B, D, h, w): each generator draws that of one latent. They are on the CPU, so
         that a seed starts from the same noise on every device."""
         noise = [torch.randn(self.z_shape, generator=g) for g in generators]
         return torch.stack(noise).to(self.mean.device)
@@ -674,8 +679,8 @@ class LatentDiffusion(nn.Module):
 
 def flag(default, text, *choices, low=1, high=10 ** 9, group=None, **presets):
     """A setting: its default, help text, choices if any (False, True for a switch), low and
-    high for numbers. group opens a heading of --help above it, and presets are {data set:
-    another default}."""
+    high for numbers. group is a heading that --help prints above this flag, and presets are
+    {data set: another default}."""
     rule = dict(text=text, choices=choices, low=low, high=high, group=group, presets=presets)
     return field(default=default, metadata=rule)
 
@@ -689,7 +694,7 @@ class RunConfig:
 
 @dataclass
 class TrainConfig(RunConfig):
-    save_every: int = flag(1000, "steps between saves; a slow checkpoint is saved less often")
+    save_every: int = flag(1000, "steps between saves; more of them if saving is slow")
     flip: bool = flag(True, "also train on mirrored images", False, True, mnist=False)
     compile: bool = flag(True, "torch.compile on CUDA: slow to start, then faster", False, True,
                          toyfaces=False, mnist=False)
@@ -826,9 +831,9 @@ def learning_rate(cfg, step):
 # rows, one for each output, and its columns hold everything else. Its gradient is a sum of
 # patterns, each of them a column times a row times a strength s (the SVD). A few are in
 # every batch, and so strong that they dominate the gradient. Adam sees single numbers and
-# no patterns, so they dominate its steps, too. Muon (MomentUm, Orthogonalised: Jordan et
-# al. 2024, kellerjordan.github.io/posts/muon) takes a step of the same length for each
-# pattern, so that rare ones are learnt, too. Before that, a running mean of the gradient
+# no patterns, so the strong ones dominate its steps, too. Muon (MomentUm, Orthogonalised:
+# Jordan et al. 2024, kellerjordan.github.io/posts/muon) takes a step of the same length for
+# each pattern, so that rare ones are learnt, too. Before that, a running mean of the gradient
 # damps patterns that are mere chance. Stage 1 needs about half as many steps as with Adam.
 
 class Muon(torch.optim.Adam):
@@ -838,20 +843,21 @@ class Muon(torch.optim.Adam):
         super().__init__(net.parameters(), betas=betas, fused=True)
 
         # In fp16 (section 14) a gradient can become infinite, and then the step has to be left
-        # out. GradScaler (see optimise) sees to that, unless an optimiser says here that it
-        # does so itself. A fused Adam, which updates all weights at once, does. Muon does not.
+        # out. GradScaler (see optimise) sees to that, unless an optimiser says that it does so
+        # itself. A fused Adam, which updates all weights at once, says so. Muon cannot do it,
+        # so it takes that back here.
         self._step_supports_amp_scaling = False
         self.matrices = [layer.weight for layer in net.modules()
                          if isinstance(layer, (nn.Conv2d, nn.Linear))]
         for w in self.matrices:
-            # Adam does not update these (see the end of step), but it saves and loads them. So
-            # the mean of gradients has the name that Adam uses. Muon does not count steps, but
-            # load_state_dict expects a number of them.
+            # Adam does not update these (see the end of step), but it saves and loads what is
+            # put here under its own names: the mean of gradients, and a number of steps, which
+            # Muon does not need.
             self.state[w].update(exp_avg=torch.zeros_like(w), step=torch.zeros(()))
 
     @staticmethod
     def orthogonalise(G):
-        """Makes all patterns of matrices G (n, rows, columns) equally strong.
+        """Makes all patterns of matrices G (n, rows, columns) about equally strong.
         G = U S V^T: column i of U times row i of V^T is pattern i, and the diagonal of S has
         its strength s. We want U V^T, where each s is 1. If X = U S V^T, then X X^T X is
         U S^3 V^T, and (X X^T)^2 X is U S^5 V^T. So products of X change s and nothing else.
@@ -889,8 +895,8 @@ class Muon(torch.optim.Adam):
             G = torch.stack([m.movedim(1, -1) for m in ahead])     # (n, c_out, 3, 3, c_in)
             X = self.orthogonalise(G.flatten(2))                   # (n, c_out, 9*c_in)
 
-            # Say X is m x k with m <= k. It has m strengths s near 1, and its squares sum to
-            # the sum of s^2, about m. They are m k numbers, so each is about 1 / sqrt(k). We
+            # Say X is m x k with m <= k. It has m strengths s near 1, and m k numbers, whose
+            # squares sum to the sum of s^2, about m. So a typical number is 1 / sqrt(k). We
             # make it 0.4 lr, a typical step of Adam (cf. Liu et al. 2025, arXiv 2502.16982), so
             # that one lr suits both.
             size = 0.4 * self.param_groups[0]["lr"] * max(X.shape[1:]) ** 0.5
@@ -912,8 +918,8 @@ def optimise(scaler, optimiser, net, lr):
 @torch.no_grad()
 def update_ema(ema, model, step):
     """ema = decay ema + (1 - decay) model: an average over the last 200 steps or so. Before
-    step 1790, decay is smaller, and the average is over the last ninth of all steps so far, so
-    that the random start fades."""
+    step 1790, 1 - decay is about 9 / step, and the average is over the last ninth of all steps
+    so far, so that the random start fades."""
     decay = min(0.995, (1 + step) / (10 + step))
     # All weights in one go: a loop over them would add 8 % to a step of the UNet (H100).
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -926,8 +932,9 @@ def update_ema(ema, model, step):
 # last layer its gradient is as large as that of reconstruction and LPIPS. Here it rises over
 # 1000 steps, so that an untrained discriminator does no harm, and then falls with the learning
 # rate. Without that fall, coloured grain stays in the eyes of the faces. Run (section 13)
-# counts steps, logs, saves and resumes. optimise (section 8) clips gradients, takes a step, and
-# clears them. pick_device, autocast, place and compile_networks (section 14) are for speed.
+# counts steps, logs, saves and resumes. to_float (section 12) makes batches, and psnr,
+# codebook_use and latent_picture (section 13) show what comes out. pick_device, autocast, place
+# and compile_networks (section 14) are for speed.
 
 LPIPS_WEIGHTS = Path(__file__).resolve().with_name("lpips_weights.pth")
 
@@ -941,7 +948,7 @@ def draw_images(images, cfg, device):
     """A random batch (B, C, H, W) in [-1, 1]; with cfg.flip each is mirrored by chance. It is
     drawn with replacement, so there are steps but no epochs."""
     x = images[torch.randint(len(images), (cfg.batch,))]
-    if device.type == "cuda":  # fixed in memory, it is copied while Python goes on
+    if device.type == "cuda":  # pinned memory can be copied while Python goes on
         x = x.pin_memory().to(device, non_blocking=True)
     x = to_float(x, device)
     if cfg.flip:
@@ -991,13 +998,14 @@ def train_ae(cfg):
                 if lpips:
                     losses["perceptual"] = lpips(x_rec, x).mean()
                 if weights["gan"] > 0:
-                    # Autograd decides now, as it builds the graph, what gets a gradient: x_rec
-                    # does, and the discriminator's weights do not, whatever they are later.
+                    # Autograd decides now, as it builds the graph, what gets a gradient. x_rec
+                    # does, and the discriminator's weights do not, though at backward they
+                    # require one again.
                     disc.requires_grad_(False)
                     losses["gan"] = generator_loss(cfg.gan, disc(x_rec))
                     disc.requires_grad_(True)
                 loss = sum(weights[name] * value for name, value in losses.items())
-            scaler.scale(loss / cfg.accum).backward()  # gradients add up; / accum averages
+            scaler.scale(loss / cfg.accum).backward()  # it adds to the gradients, / accum averages
 
             # (2) Discriminator: tell photos from reconstructions.
             if weights["gan"] > 0:
@@ -1092,7 +1100,7 @@ def train_ldm(cfg):
     device, dtype = pick_device(cfg)
     ae, ae_cfg = load_autoencoder(Path(cfg.out, "ae.pt"), device)
     images, held_out = load_same_images(cfg, ae_cfg)
-    name = fingerprint(*ae.state_dict().values())  # a run resumes only with the same one
+    name = fingerprint(*ae.state_dict().values())  # a run resumes only with the same autoencoder
     cfg = replace(cfg, ae_settings=asdict(ae_cfg), autoencoder=name)
 
     torch.manual_seed(cfg.seed)
@@ -1120,7 +1128,7 @@ def train_ldm(cfg):
             z_t = ldm.scheduler.add_noise(z0, eps, t)
             with autocast(device, dtype):
                 loss = F.mse_loss(unet(z_t, t), ldm.scheduler.target_of(z0, eps, t))
-            scaler.scale(loss / cfg.accum).backward()  # gradients add up; / accum averages
+            scaler.scale(loss / cfg.accum).backward()  # it adds to the gradients, / accum averages
             run.add({"loss": loss})
 
         optimise(scaler, opt, unet, learning_rate(cfg, step))
