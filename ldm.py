@@ -736,8 +736,8 @@ class LDMConfig(TrainConfig):
     layers: int = flag(2, "ResBlocks per block", toyfaces=1)
     target: str = flag("v", "what the UNet predicts", "eps", "v")
     # No flags: train_ldm notes here which autoencoder it found.
-    ae_settings: dict = field(default=None, repr=False)
     autoencoder: str = ""
+    ae_settings: dict = field(default=None, repr=False)
 
 @dataclass
 class SampleConfig(RunConfig):
@@ -802,13 +802,19 @@ def resolve(cls, given):
         cfg.data = os.path.abspath(cfg.data)
 
     if issubclass(cls, TrainConfig):
-        photos = os.path.join(cfg.data_root, "celebhq") if cfg.data == "celebhq" else cfg.data
-        inside = Path(os.path.abspath(cfg.out)).is_relative_to(photos)
-        require(not inside, f"--out {cfg.out}: lies inside {photos}, so its pictures would be "
-                "trained on; give another folder")
-        folder = next(p for p in (Path(cfg.out), *Path(cfg.out).parents) if p.exists())
-        require(folder.is_dir() and os.access(folder, os.W_OK), f"--out {cfg.out}: {folder} is no "
-                "folder that you may write to; give another")
+        if cfg.data not in ("toyfaces", "mnist"):
+            # Except for celebhq, data is an absolute path, and then Path ignores data_root.
+            photos = Path(cfg.data_root, cfg.data).resolve()
+            out = Path(cfg.out).resolve()
+            mixed = out.is_relative_to(photos) or photos in (out / "samples", out / "pictures")
+            require(not mixed, f"--out {cfg.out}: its pictures would mix with those in {photos}; "
+                    "give another folder")
+
+        parents = (p for p in (Path(cfg.out), *Path(cfg.out).parents) if p.exists())
+        folder = next(parents, cfg.out)  # there may be none, if its drive is missing
+        writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
+        require(writable, f"--out {cfg.out}: {folder} is no folder that you may write to; give "
+                "another")
         right = len(cfg.widths) > 1 and not any(c % 4 for c in cfg.widths)
         require(right, f"--widths {' '.join(map(str, cfg.widths))}: give two or more multiples of "
                 "4, because attention divides them among 4 heads")
@@ -1029,9 +1035,11 @@ def train_ae(cfg):
             if cfg.ae == "vq":
                 figures["codes_percent"], figures["perplexity"] = codebook_use(ae.quantizer.usage)
             run.log(figures)
-        if run.due(cfg.save_every):  # three rows: images, reconstructions, latents
+        if run.due(cfg.save_every):
+            run.save()
+            # Three rows: images, reconstructions, latents.
             rows = torch.cat([preview, preview_rec, latent_picture(z, preview)])
-            run.save(image_grid(rows, len(preview)))
+            run.show(image_grid(rows, len(preview)))
 
 
 # ---- 10. Stage 2 -------------------------------------------------------------------------
@@ -1057,6 +1065,8 @@ def load_same_images(cfg, ae_cfg):
     """The images that an autoencoder was trained on, and those held out. Raises UserError if
     they changed, since some now held out might have been trained on."""
     data, root = cfg.data or ae_cfg.data, cfg.data_root or ae_cfg.data_root
+    require(data not in ("toyfaces", "mnist") or data == ae_cfg.pictures, f"--data {data}: stage 1 "
+            f"was trained on {ae_cfg.data}; give that")
     images, held_out, name = load_images(replace(ae_cfg, data=data, data_root=root))
     require(name == ae_cfg.pictures, f"--data {data}: stage 1 saw other pictures; give those "
             "as they were, or run train-ae on these, with another --out")
@@ -1141,7 +1151,8 @@ def train_ldm(cfg):
         if run.due(100) or run.due(cfg.save_every):
             run.log({"held_loss": held_out_loss(ldm, z0_held_out, dtype)})
         if run.due(cfg.save_every):
-            run.save(image_grid(ldm.sample(16, cfg.seed, dtype=dtype), 8))
+            run.save()  # before sampling, so that a stop need not wait for it
+            run.show(image_grid(ldm.sample(16, cfg.seed, dtype=dtype), 8))
 
 
 # ---- 11. Sampling and evaluation ---------------------------------------------------------
@@ -1290,7 +1301,7 @@ def decode_image(path, size, channels):
     Transparency becomes white, 16 bits become 8. Raises what PIL raises on a broken file."""
     with Image.open(path) as img:
         img.draft(None, (2 * size, 2 * size))  # JPEG only: it shrinks while decoding
-        with contextlib.suppress(SyntaxError, ValueError, TypeError):  # its tag may be damaged
+        with contextlib.suppress(Exception):  # its tag may be damaged
             img = ImageOps.exif_transpose(img)  # cameras store the turn as a tag
         if img.mode.startswith("I"):  # 16 bits
             img = Image.fromarray((np.asarray(img).clip(0, 65535) / 257).round().astype(np.uint8))
@@ -1454,9 +1465,9 @@ class Run:
             self.resume(load_file(self.path, stage))
 
     def resume(self, ckpt):
-        # pictures and autoencoder are the last fields, and are compared first: another
-        # autoencoder may also have other settings, and the message is to name the cause.
-        for name, now in reversed(asdict(self.cfg).items()):
+        # In this order the cause comes first: the size of the pictures before their checksum,
+        # which depends on it, and the autoencoder before its settings.
+        for name, now in asdict(self.cfg).items():
             before = ckpt["config"][name]
             require(name in MAY_CHANGE or before == now, f"{self.path} was trained with different "
                     f"{name} ({before!s:.40}); give that again, or move the file away")
@@ -1534,19 +1545,29 @@ class Run:
         self.losses = {}
         self.counted_from = time.perf_counter()
 
-    def save(self, picture):
-        """Writes the checkpoint, a picture and the curves. A checkpoint that takes long is
-        written less often, so that training gets twenty times as much time as saving."""
+    def save(self):
+        """Writes the checkpoint. One that takes long is written less often, so that training
+        gets twenty times as much time as saving. One that cannot be written is only a warning,
+        as the next may succeed, but for the last."""
         now = time.perf_counter()
-        folder = self.path.parent
-        if self.last or now > self.next_save:
-            parts = {name: part.state_dict() for name, part in self.parts.items()}
-            ckpt = dict(step=self.step, config=asdict(self.cfg), log=self.rows, parts=parts)
+        if not self.last and now < self.next_save:
+            return
+
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        ckpt = dict(step=self.step, config=asdict(self.cfg), log=self.rows, parts=parts)
+        try:
             with new_file(self.path) as file:
                 torch.save({f"{self.stage} of {FORMAT}": ckpt}, file)
-            done = time.perf_counter()
-            self.next_save = done + 20 * (done - now)
+        except UserError as error:
+            if self.last:
+                raise
+            say(f"warning: {error}")
+        done = time.perf_counter()
+        self.next_save = done + 20 * (done - now)
 
+    def show(self, picture):
+        """Writes a picture and the curves."""
+        folder = self.path.parent
         try:
             save_picture(folder / "pictures" / f"{self.stage}-{self.step:06d}.png", picture)
             save_picture(folder / f"{self.stage}-curves.png", draw_curves(self.rows))

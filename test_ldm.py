@@ -31,8 +31,7 @@ import ldm
 
 torch.set_num_threads(1)  # the networks are so small that threads only wait for each other
 HERE = Path(ldm.__file__).resolve().parent
-TEXT = (HERE / "ldm.py").read_text()
-README = (HERE / "README.md").read_text()
+TEXT, README = ((HERE / name).read_text() for name in ("ldm.py", "README.md"))
 CPU = torch.device("cpu")
 SIGNALS = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
 TINY = {
@@ -40,8 +39,7 @@ TINY = {
                lr=2e-3, perceptual_weight=0.0, gan_weight=0.0),
     "ldm": dict(widths=(16, 24), layers=1, batch=8, steps=4, lr=2e-3)}
 GAN = dict(ae="kl", gan_weight=500.0)
-close = torch.testing.assert_close
-each = pytest.mark.parametrize
+close, each = torch.testing.assert_close, pytest.mark.parametrize
 refused = partial(pytest.raises, ldm.UserError)
 
 # ---- Helpers ------------------------------------------------------------------------------------
@@ -65,8 +63,7 @@ def vgg():
         state = models.vgg16().features.state_dict(prefix="features.")
     for name, w in state.items():
         wave = torch.arange(w.numel(), dtype=torch.float64).square().mul(0.1).sin().view(w.shape)
-        fan_in = w[0].numel() if w.dim() > 1 else 400
-        state[name] = (wave * (4 / fan_in) ** 0.5).float()
+        state[name] = (wave * (4 / (w[0].numel() if w.dim() > 1 else 400)) ** 0.5).float()
     return state
 
 @pytest.fixture(scope="module")
@@ -245,8 +242,7 @@ def test_quantiser_finds_the_nearest_code(vq):
         z_q, indices = vq.quantizer.quantise(z_e)
     vectors = z_e.double().movedim(1, -1).reshape(-1, 1, 4)
     nearest = (vectors - codes.double()).square().sum(-1).argmin(1)
-    assert torch.equal(indices.flatten(), nearest)
-    assert torch.equal(z_q.movedim(1, -1).reshape(-1, 4), codes[nearest])
+    close([indices.flatten(), z_q.movedim(1, -1).reshape(-1, 4)], [nearest, codes[nearest]])
 
 def test_gradients_pass_and_stop_at_the_quantiser_as_equation_3_says(vq):
     """The decoder's goes straight to z_e; one loss moves only the codes, the other only z_e."""
@@ -613,6 +609,7 @@ def test_paths_and_numbers_of_any_kind_train_and_load(faces, monkeypatch):
     """The ~ of --data=~/x is expanded; Path, numpy and lists become what a checkpoint can hold."""
     monkeypatch.setenv("HOME", os.getcwd())
     shutil.copytree(faces, "in")
+    Path("up").symlink_to("in")
     given = dict(data=Path("~/in"), out=Path("~/new"), data_root="~", size=np.int32(16),
                  widths=[np.int64(8), 16], lr=np.float32(2e-3), flip=np.bool_(False), gan_weight=0)
     cfg = ldm.resolve(ldm.AEConfig, TINY["ae"] | given | dict(ae=np.str_("kl")))
@@ -624,10 +621,14 @@ def test_paths_and_numbers_of_any_kind_train_and_load(faces, monkeypatch):
     assert ldm.load_ldm(Path("new/ldm.pt")).sample(1).shape == (1, 3, 16, 16)
     assert ldm.load_autoencoder("new/ae.pt", "cpu")[1].ae == "kl"
     for data, folder, word in (
-            ("~/in", "~/in/", "inside"), ("~/in", "~/in/deep/run", "inside"),
-            ("celebhq", "~/celebhq/run", "inside"), ("~/in", __file__, "no folder")):
+            ("~/in", "~/in/", "mix"), ("~/in", "~/in/deep/run", "mix"), ("~/up", "in/run", "mix"),
+            ("~/in/samples", "in", "mix"), ("celebhq", "~/celebhq/run", "mix"),
+            ("~/in", __file__, "no folder")):
         with refused(match=f"--out .*{word}"):
             ldm.resolve(ldm.AEConfig, given | dict(data=data, out=folder))
+    monkeypatch.setattr(Path, "exists", Mock(return_value=False))  # as on a drive that is gone
+    with refused(match="no folder"):
+        ldm.resolve(ldm.AEConfig, given | dict(out="gone"))
 
 @each("steps", [1, 9, 3000, 100000])
 def test_learning_rate_rises_stays_and_falls_to_nothing(steps):
@@ -864,13 +865,14 @@ def test_loaded_model_is_the_average_that_training_showed(train, monkeypatch, ta
 def test_another_autoencoder_needs_another_unet(train, out, monkeypatch, capsys):
     """After more of stage 1 a sentence names ldm.pt, and a stopped stage 1 is warned of."""
     signal_at(monkeypatch, 5)
-    with pytest.raises(KeyboardInterrupt):
-        train("ae", "out", steps=8)
+    pytest.raises(KeyboardInterrupt, train, "ae", "out", steps=8)
     for warnings in (["out/ae.pt stopped at step 6 of 8. "], []):
         with refused(match="ldm.pt was .*different autoencoder"):
             train("ldm", "out", steps=6)
         assert re.findall("warning: (.*)To finish", capsys.readouterr().out) == warnings
         train("ae", "out", steps=8)
+    with refused(match="different size"):  # and not: other pictures
+        train("ae", "out", size=32)
 
 # ---- 11. Sampling and evaluation ----------------------------------------------------------------
 @each("sampler", ["ddpm", "ddim", "dpm"])
@@ -1068,6 +1070,8 @@ def test_built_in_data_sets_are_found_or_name_their_place(faces, monkeypatch):
     ldm.datasets.MNIST.assert_called_with(Path.cwd(), download=True)  # not the test set
     with refused(match="--channels 3"):
         ldm.load_images(replace(cfg, channels=3))
+    with refused(match="toyfaces: stage 1 was trained on mnist"):  # a forgotten --data
+        ldm.load_same_images(ldm.LDMConfig(), cfg)
 
 # ---- 13. Runs -----------------------------------------------------------------------------------
 @each("stage, term", [("ae", "recon"), ("ldm", "loss")])
@@ -1097,8 +1101,7 @@ def test_stopped_and_resumed_equals_one_go(train, stage, settings, monkeypatch):
     """Two steps, then two more, from one checkpoint, twice, give bit for bit those of four."""
     once, path = train(stage, "once", **settings), Path(f"new/{stage}.pt")
     signal_at(monkeypatch, 1)
-    with pytest.raises(KeyboardInterrupt):
-        train(stage, **settings)
+    pytest.raises(KeyboardInterrupt, train, stage, **settings)
     older = path.read_bytes()
     for _ in range(2):
         path.write_bytes(older)
@@ -1123,6 +1126,9 @@ def test_handlers_of_signals_are_at_once_and_always_as_before(train, monkeypatch
     assert ThreadPoolExecutor().submit(train, "ae", "d").result()["step"] == 4
     signal_at(monkeypatch, 4)  # in the last step, after which demo must not go on
     pytest.raises(KeyboardInterrupt, train, "ae", "e")
+    monkeypatch.setattr(ldm, "image_grid", Mock(side_effect=KeyboardInterrupt))
+    pytest.raises(KeyboardInterrupt, train, "ldm", "f", steps=3)
+    assert Path("f/ldm.pt").exists()  # it is saved before a preview is drawn
 
 @each("number, error", [*zip(SIGNALS, [None, BrokenPipeError(32, "x"), ValueError("x")])])
 def test_signals_save_and_no_output_ends_a_training(train, monkeypatch, number, error):
@@ -1130,8 +1136,7 @@ def test_signals_save_and_no_output_ends_a_training(train, monkeypatch, number, 
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=Mock(side_effect=error), flush=Mock()))
     signal_at(monkeypatch, 2, number)
     for stage in ("ae", "ldm"):
-        with pytest.raises(KeyboardInterrupt):
-            train(stage, steps=8)
+        pytest.raises(KeyboardInterrupt, train, stage, steps=8)
         assert ldm.load_file(Path(f"new/{stage}.pt"), stage)["step"] == 3
     command("sample", "--out=new", "--n=2", "--steps=3")
     assert len(figures("new")) == 4
@@ -1208,12 +1213,10 @@ def test_full_disk_costs_nothing_that_was_there(train, out):
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
             write()
     assert {path: path.read_bytes() for path in out.rglob("*.p*")} == before
-    with refused(match="no room here"), ldm.new_file(out / "x"):
-        raise RuntimeError("no room here")
     assert train("ae", "out", steps=6)["step"] == 6 and not [*out.rglob("*.tmp")]
 
 @each("stage", ["ae", "ldm"])
-@each("suffix, times", [("", 3), (".png", math.inf), (".pt", math.inf)])
+@each("suffix, times", [("", 3), (".pt", 4), (".png", math.inf), (".pt", math.inf)])
 def test_files_held_open_cost_no_training(train, out, monkeypatch, capsys, stage, suffix, times):
     """Emulates Windows, which refuses os.replace for a moment, or for ever: then the old stays."""
     def replace(source, target):
@@ -1225,19 +1228,18 @@ def test_files_held_open_cost_no_training(train, out, monkeypatch, capsys, stage
     (out / f"{stage}.pt.tmp").write_text("left by a killed run")
     monkeypatch.setattr(os, "replace", replace)
     monkeypatch.setattr(ldm.time, "sleep", Mock())
-    with refused(match=f"{stage}.pt cannot be") if suffix == ".pt" else contextlib.nullcontext():
-        train(stage, "out", steps=8)
-    assert ("warning: out" in capsys.readouterr().out) == (suffix == ".png")
-    assert ((out / f"{stage}.pt").read_bytes() == before) == (suffix == ".pt")
-    assert (out / f"pictures/{stage}-000008.png").exists() == (suffix == "")
-    assert not [*out.rglob("*.tmp")]
+    lost = suffix == ".pt" and times > 4  # a save that fails is tried again by the next one
+    with refused(match=f"{stage}.pt cannot be") if lost else contextlib.nullcontext():
+        train(stage, "out", steps=8, save_every=6)
+    assert ("warning: out" in capsys.readouterr().out) == (times > 3)
+    assert ((out / f"{stage}.pt").read_bytes() == before) == lost and not [*out.rglob("*.tmp")]
+    assert (out / f"pictures/{stage}-000008.png").exists() == (times < 5)
 
 def test_what_takes_long_is_shown_and_saved_less_often(train, monkeypatch, capsys):
     """By a false clock: a line after each five seconds, and a second's save once in twenty."""
     monkeypatch.setattr(ldm.time, "perf_counter", iter(range(9999)).__next__)  # a second a look
     assert list(ldm.progress(iter(range(30)), "reading", 30)) == [*range(30)]
-    said = "".join(f"reading {k} of 30\n" for k in (5, 11, 17, 23, 29))
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == "".join(f"reading {k} of 30\n" for k in (5, 11, 17, 23, 29))
     calls = spy(monkeypatch, torch, "save")
     train("ae", steps=30, save_every=1)
     steps = [ckpt["step"] for content, _ in calls for ckpt in content.values()]
@@ -1302,8 +1304,7 @@ def test_without_a_compiler_training_goes_on(train, fake_cuda, monkeypatch, caps
     monkeypatch.setattr(torch, "compile", Mock(return_value=failing))
     monkeypatch.setattr(ldm, "compile_networks", compile_networks)
     assert train(stage)["step"] == 4
-    lines = capsys.readouterr().out
-    assert re.search("not compiled.*working triton installation\n", lines) and "many" not in lines
+    assert re.search("not compiled.* installation\n(?!.*many)", capsys.readouterr().out, re.S)
     assert nets and not any(isinstance(m, ldm.OnePassGroupNorm) for n in nets for m in n.modules())
 
 # ---- 15. Command line ---------------------------------------------------------------------------
@@ -1400,8 +1401,7 @@ def test_homework_fails_its_own_tests_and_no_others(monkeypatch, name):
     class Plugin:
         def pytest_runtest_logreport(self, report):
             failed.update(word for word in graded if report.failed and word in report.nodeid)
-    graded = re.findall("`(.+?)`", re.search("-k NAME`(.*?)\n\n", README, re.S)[1])
-    failed = set()
+    graded, failed = re.findall("`(.+?)`", re.search("-k NAME`(.*?)\n\n", README, re.S)[1]), set()
     Path("ldm.py").write_text(TEXT)
     blank(Path("ldm.py"), [name])
     with pytest.raises(AssertionError, match="homework already"):
