@@ -1011,7 +1011,7 @@ def train_ae(cfg):
                     losses["gan"] = generator_loss(cfg.gan, disc(x_rec))
                     disc.requires_grad_(True)
                 loss = sum(weights[name] * value for name, value in losses.items())
-            scaler.scale(loss / cfg.accum).backward()  # it adds to the gradients, / accum averages
+            scaler.scale(loss / cfg.accum).backward()  # gradients add up, so / accum averages them
 
             # (2) Discriminator: tell photos from reconstructions.
             if weights["gan"] > 0:
@@ -1138,7 +1138,7 @@ def train_ldm(cfg):
             z_t = ldm.scheduler.add_noise(z0, eps, t)
             with autocast(device, dtype):
                 loss = F.mse_loss(unet(z_t, t), ldm.scheduler.target_of(z0, eps, t))
-            scaler.scale(loss / cfg.accum).backward()  # it adds to the gradients, / accum averages
+            scaler.scale(loss / cfg.accum).backward()  # gradients add up, so / accum averages them
             run.add({"loss": loss})
 
         optimise(scaler, opt, unet, learning_rate(cfg, step))
@@ -1547,8 +1547,8 @@ class Run:
 
     def save(self):
         """Writes the checkpoint. One that takes long is written less often, so that training
-        gets twenty times as much time as saving. One that cannot be written is only a warning,
-        as the next may succeed, but for the last."""
+        gets twenty times as much time as saving. If it cannot be written, that is a warning,
+        since the next one may succeed. Only for the last one it raises UserError."""
         now = time.perf_counter()
         if not self.last and now < self.next_save:
             return
