@@ -1052,11 +1052,8 @@ def train_ae(cfg):
 
 def load_autoencoder(path, device):
     """The autoencoder of a checkpoint ae.pt, frozen, and its settings. Raises UserError."""
-    ckpt = load_file(path, "ae")
+    ckpt = load_model(path, "ae")
     cfg = AEConfig(**ckpt["config"])
-    if ckpt["step"] < cfg.steps:
-        say(f"warning: {path} stopped at step {ckpt['step']} of {cfg.steps}. To finish it, "
-            "run train-ae again")
     ae = build_autoencoder(cfg)
     ae.load_state_dict(ckpt["parts"]["ae"])
     return place(ae, torch.device(device)).eval().requires_grad_(False), cfg
@@ -1165,7 +1162,7 @@ def train_ldm(cfg):
 
 def load_ldm(path, device="cpu"):
     """The LatentDiffusion of a checkpoint ldm.pt, frozen, on the device. Raises UserError."""
-    ckpt = load_file(path, "ldm", mmap=True)  # much of the file is not needed
+    ckpt = load_model(path, "ldm", mmap=True)  # much of the file is not needed
     cfg = LDMConfig(**ckpt["config"])
     ae_cfg = AEConfig(**cfg.ae_settings)
     ldm = build_ldm(cfg, build_autoencoder(ae_cfg), ae_cfg)
@@ -1447,6 +1444,15 @@ def load_file(path, kind, mmap=False):
         raise UserError(f"{os.path.abspath(path)} cannot be read. If it is not there, run "
                         f"train-{kind}. If it is, it is damaged, or another version of ldm.py "
                         "wrote it: move it away and train again") from error
+
+def load_model(path, kind, mmap=False):
+    """load_file for a training that should be over; warns if it is not."""
+    ckpt = load_file(path, kind, mmap)
+    steps = ckpt["config"]["steps"]
+    if ckpt["step"] < steps:
+        say(f"warning: {path} stopped at step {ckpt['step']} of {steps}. To finish it, "
+            f"run train-{kind} again")
+    return ckpt
 
 class Run:
     """A training stage in its run folder: counts steps, logs, saves, and goes on after a stop.

@@ -1139,7 +1139,7 @@ def test_signals_save_and_no_output_ends_a_training(train, monkeypatch, number, 
         pytest.raises(KeyboardInterrupt, train, stage, steps=8)
         assert ldm.load_file(Path(f"new/{stage}.pt"), stage)["step"] == 3
     command("sample", "--out=new", "--n=2", "--steps=3")
-    assert len(figures("new")) == 4
+    assert len(figures("new")) == 4 and "ldm.pt stopped" in str(sys.stdout.write.mock_calls)
 
 @each("stage", ["ae", "ldm"])
 def test_resuming_refuses_other_settings_but_not_those_that_change_nothing(train, out, stage):
