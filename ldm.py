@@ -160,7 +160,7 @@ class UpBlock(nn.Module):
 # latent exactly, so its errors might show. There are two remedies, with the same networks.
 # VQVAE (van den Oord et al. 2017, arXiv 1711.00937) rounds: at each position the nearest of K
 # learnt vectors, the codes, replaces the encoder's own, z_e. The decoder sees only codes. Stage
-# 2 models z_e, before this rounding. A loss of its own, the commitment, keeps z_e near the
+# 2 models z_e, before this rounding. So one more loss, the commitment, keeps z_e near the
 # codes, and rounding on the way to the decoder repairs small errors.
 # VAE (Kingma & Welling 2013, arXiv 1312.6114) adds noise to the latent while it trains, so that
 # neighbours have to mean similar images. The encoder could escape by making the noise small or
@@ -797,6 +797,7 @@ def resolve(cls, given):
 
     if cfg.data and not cfg.out:
         cfg.out = os.path.join("runs", os.path.basename(os.path.abspath(cfg.data)))
+    # Checkpoints keep these paths, and a later command may start in another folder.
     cfg.data_root = cfg.data_root and os.path.abspath(cfg.data_root)
     if cfg.data not in (None, "toyfaces", "mnist", "celebhq"):
         cfg.data = os.path.abspath(cfg.data)
@@ -810,11 +811,10 @@ def resolve(cls, given):
             require(not mixed, f"--out {cfg.out}: its pictures would mix with those in {photos}; "
                     "give another folder")
 
-        parents = (p for p in (Path(cfg.out), *Path(cfg.out).parents) if p.exists())
-        folder = next(parents, cfg.out)  # there may be none, if its drive is missing
-        writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
-        require(writable, f"--out {cfg.out}: {folder} is no folder that you may write to; give "
-                "another")
+        folders = (Path(cfg.out), *Path(cfg.out).parents)
+        folder = next((p for p in folders if p.exists()), folders[0])  # a drive may be gone
+        require(folder.is_dir() and os.access(folder, os.W_OK), f"--out {cfg.out}: {folder} is no "
+                "folder that you may write to; give another")
         right = len(cfg.widths) > 1 and not any(c % 4 for c in cfg.widths)
         require(right, f"--widths {' '.join(map(str, cfg.widths))}: give two or more multiples of "
                 "4, because attention divides them among 4 heads")
@@ -1426,8 +1426,9 @@ def new_file(path):
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        # On a full disk torch.save raises a RuntimeError, whose context is the true reason.
-        reason = error if isinstance(error, OSError) else error.__context__ or error
+        # On a full disk torch.save raises a RuntimeError. Its context is the true reason. Other
+        # RuntimeErrors may have no context.
+        reason = error if isinstance(error, OSError) else (error.__context__ or error)
         raise UserError(f"{path} cannot be written ({reason}); make room, close programs that use "
                         "it, or see whether you may write there") from error
 

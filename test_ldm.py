@@ -63,7 +63,8 @@ def vgg():
         state = models.vgg16().features.state_dict(prefix="features.")
     for name, w in state.items():
         wave = torch.arange(w.numel(), dtype=torch.float64).square().mul(0.1).sin().view(w.shape)
-        state[name] = (wave * (4 / (w[0].numel() if w.dim() > 1 else 400)) ** 0.5).float()
+        fan_in = w[0].numel() if w.dim() > 1 else 400
+        state[name] = (wave * (4 / fan_in) ** 0.5).float()
     return state
 
 @pytest.fixture(scope="module")
@@ -242,7 +243,7 @@ def test_quantiser_finds_the_nearest_code(vq):
         z_q, indices = vq.quantizer.quantise(z_e)
     vectors = z_e.double().movedim(1, -1).reshape(-1, 1, 4)
     nearest = (vectors - codes.double()).square().sum(-1).argmin(1)
-    close([indices.flatten(), z_q.movedim(1, -1).reshape(-1, 4)], [nearest, codes[nearest]])
+    assert torch.equal(indices.view(-1), nearest) and torch.equal(z_q, codes[indices].movedim(3, 1))
 
 def test_gradients_pass_and_stop_at_the_quantiser_as_equation_3_says(vq):
     """The decoder's goes straight to z_e; one loss moves only the codes, the other only z_e."""
@@ -620,10 +621,9 @@ def test_paths_and_numbers_of_any_kind_train_and_load(faces, monkeypatch):
     command("train-ldm", "--data=~/in", "--out=~/new", *words(TINY["ldm"]))
     assert ldm.load_ldm(Path("new/ldm.pt")).sample(1).shape == (1, 3, 16, 16)
     assert ldm.load_autoencoder("new/ae.pt", "cpu")[1].ae == "kl"
-    for data, folder, word in (
-            ("~/in", "~/in/", "mix"), ("~/in", "~/in/deep/run", "mix"), ("~/up", "in/run", "mix"),
-            ("~/in/samples", "in", "mix"), ("celebhq", "~/celebhq/run", "mix"),
-            ("~/in", __file__, "no folder")):
+    for data, folder, word in (("~/in", "~/in/", "mix"), ("~/in", "~/in/deep/run", "mix"),
+                               ("~/up", "in/run", "mix"), ("~/in/samples", "in", "mix"),
+                               ("celebhq", "celebhq/a", "mix"), ("~/in", __file__, "no folder")):
         with refused(match=f"--out .*{word}"):
             ldm.resolve(ldm.AEConfig, given | dict(data=data, out=folder))
     monkeypatch.setattr(Path, "exists", Mock(return_value=False))  # as on a drive that is gone
@@ -1045,9 +1045,8 @@ def test_links_are_no_trap_and_a_failing_disk_stops_the_reading(faces, monkeypat
     for i in range(8):
         Path(f"in/{i}").mkdir(parents=True)
         Path(f"in/{i}/up").symlink_to(Path("in").absolute())
-    Path("in/a.png").symlink_to(faces / "00.png")
-    for link in ("in/faces", "link"):
-        Path(link).symlink_to(faces)
+    for link, target in (("in/a.png", faces / "00.png"), ("in/faces", faces), ("link", faces)):
+        Path(link).symlink_to(target)
     assert [len(ldm.load_folder(Path(f), 16, 3)) for f in ("in", "link")] == [1, 40]
     monkeypatch.setattr(ldm, "decode_image", Mock(side_effect=OSError(5, "Input/output error")))
     with refused(match="faces.*png.*Input/output error"):
@@ -1304,7 +1303,8 @@ def test_without_a_compiler_training_goes_on(train, fake_cuda, monkeypatch, caps
     monkeypatch.setattr(torch, "compile", Mock(return_value=failing))
     monkeypatch.setattr(ldm, "compile_networks", compile_networks)
     assert train(stage)["step"] == 4
-    assert re.search("not compiled.* installation\n(?!.*many)", capsys.readouterr().out, re.S)
+    said = capsys.readouterr().out
+    assert re.search("not compiled.*working triton installation\n", said) and "many" not in said
     assert nets and not any(isinstance(m, ldm.OnePassGroupNorm) for n in nets for m in n.modules())
 
 # ---- 15. Command line ---------------------------------------------------------------------------
