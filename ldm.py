@@ -1,8 +1,8 @@
 """ldm.py: unconditional latent diffusion from scratch, in one file that reads like a lecture.
 
 A diffusion model makes images out of noise by removing a little of the noise, many times. On
-pixels, most of that work goes into details that hardly anybody sees. Latent diffusion (Rombach
-et al. 2022, arXiv 2112.10752) therefore trains two networks, one after the other:
+pixels, most of that work goes into details that hardly anybody sees. Latent diffusion (LDM,
+Rombach et al. 2022, arXiv 2112.10752) therefore trains two networks, one after the other:
 
   stage 1   An autoencoder learns to turn an image x into a small latent z, and back.
   stage 2   A diffusion model learns to make new latents. Stage 1 turns them into images.
@@ -11,7 +11,7 @@ et al. 2022, arXiv 2112.10752) therefore trains two networks, one after the othe
   python ldm.py train-ae  --data celebhq    # stage 1
   python ldm.py train-ldm --data celebhq    # stage 2
   python ldm.py sample                      # new images from the newest run
-  python ldm.py eval                        # how good the newest run is, in figures
+  python ldm.py eval                        # how good the newest run is, in numbers
 
 Read it from top to bottom: first the models, then their training, then what training needs.
    1 Blocks             6 UNet                             11 Sampling and evaluation
@@ -21,8 +21,8 @@ Read it from top to bottom: first the models, then their training, then what tra
    5 Noise scheduler   10 Stage 2: diffusion on latents    15 Command line
 
 Shapes: B batch, C image channels, H W image size, D latent channels (z_channels in code), h w
-latent size, K codebook size, N all images, T diffusion steps. Inside a network c are channels,
-and H W or h w the size of a map.
+latent size, K codebook size, N images, T diffusion steps. Inside a network, c is the number of
+channels, and H W or h w is the size of a map.
 Names: x image in [-1, 1], z latent, z_e and z_q before and after quantising, z0 normalised
 and clean, z_t with the noise of step t = 0 .. T-1, eps the noise; z_t = alpha z0 + sigma eps.
 """
@@ -52,12 +52,12 @@ from torchvision.transforms import functional as TF
 # ---- 1. Blocks ---------------------------------------------------------------------------
 # A few blocks build encoder, decoder and UNet. They are those of DDPM (Ho et al. 2020, arXiv
 # 2006.11239, appendix B). Before training, a ResBlock or attention adds only a bias to its
-# shortcut, so that a gradient can pass a deep stack of them without fading.
+# shortcut, so that even a deep stack of them hands its input on almost unchanged.
 
 def group_norm(c):
-    # The number of groups has to divide c, here always a multiple of 4. gcd(32, c // 4) does:
-    # 128 channels make 32 groups of 4, and 192 make 16 groups of 12. Each has at least 4, since
-    # the norm takes the mean of a group away, and a channel alone would lose its own.
+    # c is always a multiple of 4 here, and gcd(32, c // 4) groups divide it: 128 channels make
+    # 32 groups of 4, and 192 make 16 groups of 12. A group has at least 4 channels, because the
+    # norm takes its mean away. Alone, a channel would lose the shift by t that is added below.
     return nn.GroupNorm(math.gcd(32, c // 4), c)
 
 class Attention(nn.Module):
@@ -65,7 +65,7 @@ class Attention(nn.Module):
     A convolution sees 3x3 neighbours. Attention is how the left eye learns of the right one. A
     query says what a position looks for, a key what it offers, and a value what it hands over.
     Each position gets the mean of all values, weighted by how well its query fits their keys.
-    Heads do this side by side, each with its own share of the channels."""
+    Heads do this side by side, each with its own part of queries, keys and values."""
     def __init__(self, c, heads):
         super().__init__()
         self.heads = heads
@@ -127,7 +127,7 @@ class DownBlock(Stack):
             self.append(nn.Conv2d(c_out, c_out, 3, stride=2, padding=1))
 
 class MidBlock(Stack):
-    """(B, c_in, h, w) -> (B, c_out, h, w), with attention, since the maps are small here."""
+    """(B, c_in, h, w) -> (B, c_out, h, w), with attention, cheap on maps this small."""
     def __init__(self, c_in, c_out, layers, t_dim=None, heads=4):
         super().__init__(*res_layers(c_in, c_out, layers, t_dim, heads))
         self.append(ResBlock(c_out, c_out, t_dim))
@@ -135,7 +135,7 @@ class MidBlock(Stack):
 class UpBlock(nn.Module):
     """(B, c_in, h, w) -> (B, c_out, 2h, 2w), or with up=False (B, c_out, h, w). In a UNet
     (section 6) there is also a skip, an earlier map of the output's size. Its c_skip channels
-    are put beside those of x after doubling, before the ResBlocks, so this is no Stack."""
+    are put beside those of x after doubling, before the ResBlocks. No Stack could do that."""
     def __init__(self, c_in, c_out, layers, t_dim=None, heads=0, up=True, c_skip=0):
         super().__init__()
         self.smooth = nn.Conv2d(c_in, c_in, 3, padding=1) if up else None
@@ -145,8 +145,8 @@ class UpBlock(nn.Module):
         if self.smooth is not None:
             # Each pixel becomes 2x2, then a convolution smooths. nn.ConvTranspose2d would do
             # both in one, but with 3x3 weights it writes some pixels more often than others,
-            # which can leave a checkerboard. nn.Upsample repeats, too, but the gradient that
-            # torch.compile makes of it is slow.
+            # which can leave a checkerboard. nn.Upsample repeats, too, but once compiled
+            # (section 14) its gradient is slow.
             x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
             x = self.smooth(x)                                     # (B, c_in, 2h, 2w)
         if skip is not None:
@@ -157,20 +157,20 @@ class UpBlock(nn.Module):
 # ---- 2. Autoencoders ---------------------------------------------------------------------
 # Stage 1 turns 256x256x3 numbers into 32x32x4. Why not a plain autoencoder? Its latents can
 # be anywhere, and nothing says what the points between them decode to. Stage 2 never hits a
-# latent exactly, so its errors might show. There are two remedies, with the same networks.
+# latent exactly, so its errors might show. There are two remedies.
 # VQVAE (van den Oord et al. 2017, arXiv 1711.00937) rounds: at each position the nearest of K
-# learnt vectors, the codes, replaces the encoder's own, z_e. The decoder sees only codes. Stage
-# 2 models z_e, before this rounding. So one more loss, the commitment, keeps z_e near the
-# codes, and rounding on the way to the decoder repairs small errors.
+# learnt vectors, the codes, replaces the encoder's own, z_e. The decoder sees only codes, and a
+# loss, the commitment, keeps z_e near them. Stage 2 makes z_e, and rounding it on the way to
+# the decoder repairs small errors.
 # VAE (Kingma & Welling 2013, arXiv 1312.6114) adds noise to the latent while it trains, so that
-# neighbours have to mean similar images. The encoder could escape by making the noise small or
-# the latents huge. The KL loss, a distance to N(0, 1), punishes both. Its weight is small:
-# much noise blurs, and latents need not be N(0, 1), since stage 2 learns how they are spread.
+# neighbours have to mean similar images. The encoder chooses how much. It could escape by tiny
+# noise or huge latents, but the KL loss, which is least for N(0, 1), punishes both. Its weight
+# is small: much noise blurs, and stage 2 can learn any spread of latents.
 
 def build_encoder(channels, widths, layers, c_out):
     """Image (B, C, H, W) -> (B, c_out, h, w). Each width after the first halves the sides. So
-    H and W have to be divisible by 2 once for each of these. The shapes beside the code are
-    those of 256x256 images and widths 64 64 128 256."""
+    H and W have to be multiples of 2 ** (len(widths) - 1). The shapes beside the code are those
+    of 256x256 images and widths 64 64 128 256."""
     c = widths[-1]
     return nn.Sequential(
         nn.Conv2d(channels, widths[0], 3, padding=1),              # (B, 64, 256, 256)
@@ -178,7 +178,7 @@ def build_encoder(channels, widths, layers, c_out):
         *[DownBlock(a, b, layers) for a, b in zip(widths, widths[1:])],
         MidBlock(c, c, layers),                                    # (B, 256, 32, 32)
         norm_silu_conv(c, c_out),                                  # (B, c_out, 32, 32)
-        # VQGAN (section 9) ends so, too, although one convolution could do the work of both.
+        # One convolution could do the work of the last two, but VQGAN (section 9) has both.
         nn.Conv2d(c_out, c_out, 1))
 
 def build_decoder(channels, widths, layers, z_channels):
@@ -213,8 +213,8 @@ class VectorQuantizer(nn.Module):
             return self.codebook(indices).movedim(-1, 1), indices
 
     def forward(self, z_e):
-        """z_e (B, D, h, w) -> z_st for the decoder, of the same shape, and {name: loss}. These
-        are the last two terms of VQVAE's Eq. 3, as means and without weights. They have the
+        """z_e (B, D, h, w) -> z_st for the decoder (see below), of the same shape, and two
+        losses, the last two terms of VQVAE's Eq. 3, as means and without weights. They have the
         same value, but "codebook" moves the codes and "commit" moves z_e."""
         z_q, indices = self.quantise(z_e)
         self.usage.index_add_(0, indices.flatten(), z_e.new_ones(indices.numel()))
@@ -237,7 +237,7 @@ class VectorQuantizer(nn.Module):
         self.usage.zero_()
 
 class VQVAE(nn.Module):
-    """Autoencoder with a quantiser in the middle, whose restart is to be called at times."""
+    """Autoencoder with a quantiser in the middle. Call quantizer.restart at times."""
     def __init__(self, channels, widths, layers, z_channels, codebook_size):
         super().__init__()
         self.encoder = build_encoder(channels, widths, layers, z_channels)
@@ -254,7 +254,7 @@ class VQVAE(nn.Module):
         return self.encoder(x).float()  # it may have 16 bits (section 14)
 
     def decode(self, z):
-        """z (B, D, h, w) -> image (B, C, H, W). Quantising first rounds small errors away."""
+        """z (B, D, h, w) -> image (B, C, H, W). Quantising z rounds small errors away."""
         z_q, _ = self.quantizer.quantise(z)
         return self.decoder(z_q).float()
 
@@ -266,14 +266,14 @@ class VAE(nn.Module):
         self.encoder = build_encoder(channels, widths, layers, 2 * z_channels)
         self.decoder = build_decoder(channels, widths, layers, z_channels)
         # The second half of the encoder's output is logvar, the log of the variance. It starts
-        # near -6, a deviation of 0.05. With 1 the noise would drown the image, and thousands of
-        # steps would go into making it smaller.
+        # near -6, a deviation of 0.05. A deviation of 1 would drown the image, and would need
+        # thousands of steps to become small.
         nn.init.constant_(self.encoder[-1].bias[z_channels:], -6.0)
 
     def forward(self, x):
-        """x (B, C, H, W) in [-1, 1] -> reconstruction, {"kl": KL(q(z | x) || N(0, 1))}, which
-        is -1/2 sum(1 + logvar - mean^2 - exp(logvar)) (VAE, appendix B), divided by the number
-        of image values, because the pixel loss is divided by that, too."""
+        """x (B, C, H, W) in [-1, 1] -> reconstruction, {"kl": KL(q || N(0, 1))}, where q is the
+        Gaussian of z. It is -1/2 sum(1 + logvar - mean^2 - exp(logvar)) (VAE, appendix B),
+        divided by the number of image values, because the pixel loss is divided by it, too."""
         mean, logvar = self.encoder(x).float().chunk(2, dim=1)     # each (B, D, h, w)
         logvar = logvar.clamp(-30, 20)                             # exp stays finite
         # Drawing z has no gradient, but mean + std * eps has one in both (VAE, Eq. 10).
@@ -282,7 +282,7 @@ class VAE(nn.Module):
         return self.decoder(z).float(), {"kl": kl}
 
     def encode(self, x):
-        """x (B, C, H, W) -> the mean of q(z | x), (B, D, h, w). Noise is for training only."""
+        """x (B, C, H, W) -> the mean of q, (B, D, h, w). Noise is for training only."""
         return self.encoder(x).float().chunk(2, dim=1)[0]
 
     def decode(self, z):
@@ -300,10 +300,10 @@ class VAE(nn.Module):
 class LPIPS(nn.Module):
     """Distance of two images as people see it, by the classifier VGG16: the same figure as from
     the `lpips` package with net="vgg", v0.1. Nothing here is trained. weights: a file that says
-    how much each channel counts for people: w^2 (see forward), of shape (1, c, 1, 1), for each
-    of five layers. vgg: a dict with the `features.*` weights of VGG16; None downloads
-    torchvision's 528 MB once. Raises FileNotFoundError if one of the two is missing, damaged or
-    cannot be downloaded."""
+    for each of five layers how much each channel counts for people, the w^2 (1, c, 1, 1) of
+    forward. vgg: a dict with the `features.*` weights of VGG16; None downloads torchvision's
+    528 MB once. Raises FileNotFoundError if one of the two is missing, damaged or cannot be
+    downloaded."""
     def __init__(self, weights="lpips_weights.pth", vgg=None):
         super().__init__()
         net = models.vgg.make_layers(models.vgg.cfgs["D"], batch_norm=False)  # VGG16
@@ -320,7 +320,7 @@ class LPIPS(nn.Module):
                 f"One is missing or damaged, or the download failed ({type(error).__name__}). "
                 "Get the first again, or delete the second and go online. train-ae can do without "
                 "both: --perceptual-weight 0") from error
-        cuts = (0, 4, 9, 16, 23, 30)  # the slices end with relu1_2, 2_2, 3_3, 4_3, 5_3
+        cuts = (0, 4, 9, 16, 23, 30)  # each slice ends with the ReLU before a pooling
         self.slices = nn.ModuleList(net[a:b] for a, b in zip(cuts, cuts[1:]))
         # These are ImageNet's mean and deviation per channel, for images in [-1, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
@@ -333,12 +333,12 @@ class LPIPS(nn.Module):
         maps = []
         for part in self.slices:
             h = part(h)  # c = 64, 128, 256, 512, 512; side H / 1, 2, 4, 8, 16
-            maps.append(h.float())  # squares would overflow fp16
+            maps.append(h.float())  # their squares would overflow fp16
         return maps
 
     def forward(self, x, y):
         """x, y (B, 1 or 3, H, W) -> distances (B,), Eq. 1: the sum over layers of
-        mean_hw sum_c w^2 (unit(f_x) - unit(f_y))^2. No gradient goes into y."""
+        mean_hw sum_c w^2 (f_x / |f_x| - f_y / |f_y|)^2. No gradient goes into y."""
         total = 0
         for lin, f_x, f_y in zip(self.lins, self.features(x), self.features(y.detach())):
             diff = F.normalize(f_x, dim=1) - F.normalize(f_y, dim=1)  # (B, c, h, w)
@@ -378,7 +378,7 @@ def generator_loss(kind, fake):
 
 def discriminator_loss(kind, real, fake):
     """What the discriminator minimises, from scores of photos and of reconstructions. hinge:
-    mean max(0, 1 - real) + mean max(0, 1 + fake), which leaves scores beyond 1 and -1 alone;
+    mean max(0, 1 - real) + mean max(0, 1 + fake), where real > 1 and fake < -1 cost nothing;
     lsgan: mean (real - 1)^2 + mean fake^2; bce: -mean log p(real) - mean log(1 - p(fake));
     each halved, as in Isola et al."""
     return {"hinge": F.relu(1 - real).mean() + F.relu(1 + fake).mean(),
@@ -387,14 +387,15 @@ def discriminator_loss(kind, real, fake):
 
 
 # ---- 5. Noise scheduler ------------------------------------------------------------------
-# Noise goes in by one formula: z_t = alpha z0 + sigma eps, from nearly clean (t = 0) to nearly
-# pure noise (t = T-1). A network is shown z_t and t, and predicts eps, or a mixture of eps and
-# z0 called v. From either a guess of z0 follows. Training with a squared error makes this guess
-# the mean of all z0 that fit z_t. At t = T-1 all images fit, and their mean is a blur. So a
-# sampler mixes this guess again with noise, slightly less than before, and asks again. In less
-# noise more of an image shows, so fewer images fit, and their mean is sharper. At the end only
-# one fits. What is mixed in is the eps that follows from the answer, or partly new noise. So
-# which image remains is a matter of chance: of the noise at the start, and of all new noise.
+# Noise goes in by one formula: z_t = alpha z0 + sigma eps. As t rises, alpha falls and sigma
+# rises, from nearly clean (t = 0) to nearly pure noise (t = T-1). A network is shown z_t and t,
+# and predicts eps, or a mixture of eps and z0 called v. From either a guess of z0 follows.
+# Training with a squared error makes this guess the mean of all z0 that fit z_t. At t = T-1 all
+# images fit, and their mean is a blur. So a sampler mixes this guess again with noise, slightly
+# less than before, and asks again. This noise is the eps that follows from the answer, or
+# partly new. The less of it there is, the more of an image shows, so the fewer images fit, and
+# the sharper is their mean. At the end only one fits. Which one is a matter of chance: of the
+# noise at the start, and of all new noise.
 # Papers: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2020, 2010.02502),
 # DPM-Solver++ (Lu et al. 2022, 2211.01095).
 
@@ -413,11 +414,11 @@ class NoiseScheduler(nn.Module):
         self.T = T
         self.target = target
 
-        # In DDPM noise comes in step by step. Each leaves 1 - beta of the variance and adds
-        # beta. So a share abar of z0's variance is left, the product of all 1 - beta so far.
-        # Our alpha is the root of it; what DDPM calls alpha is 1 - beta. These beta are those
-        # of Rombach et al. for faces. alpha is 0.999 at t = 0, 0.91 at 100, 0.34 at 500, 0.012
-        # at 999.
+        # In DDPM noise comes in step by step. Each step has a small number beta: it leaves
+        # 1 - beta of the variance and adds beta. So of z0's variance a share abar is left, the
+        # product of all 1 - beta so far. Our alpha is its root, while DDPM's alpha is 1 - beta.
+        # The betas are those of LDM for faces. They make alpha 0.999 at t = 0, 0.91 at 100,
+        # 0.34 at 500, and 0.012 at 999.
         beta = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, T, dtype=torch.float64) ** 2
         abar = torch.cumprod(1 - beta, dim=0).tolist() + [1.0]     # T + 1 numbers
         self.alpha = [math.sqrt(a) for a in abar]
@@ -429,7 +430,7 @@ class NoiseScheduler(nn.Module):
     def add_noise(self, z0, eps, t):
         """z0, eps (B, D, h, w), steps t (B,) -> z_t = alpha z0 + sigma eps, with the alpha and
         sigma of each image's own step: any amount of noise in one go (DDPM Eq. 4)."""
-        alpha, sigma = self.table[:, t, None, None, None]          # of (2, B, 1, 1, 1)
+        alpha, sigma = self.table[:, t, None, None, None]          # each (B, 1, 1, 1)
         return alpha * z0 + sigma * eps
 
     def target_of(self, z0, eps, t):
@@ -439,10 +440,10 @@ class NoiseScheduler(nn.Module):
 
     def step_weights(self):
         """How often each step is drawn in training, (T,): evenly for eps, as in DDPM, but in
-        proportion to alpha for v. At noisy steps, of which there are hundreds, even the best
-        guess of v errs much. If they were drawn as often as others, they would swamp the
-        gradient. Drawing a step half as often has the same effect as halving its loss. That
-        alpha is a good weight was tried, and not derived."""
+        proportion to alpha for v. At hundreds of steps there is so much noise that v is mostly
+        guesswork. Drawn as often as the others, they would swamp the gradient. On average,
+        drawing a step half as often does the same as halving its loss. That alpha is a good
+        weight was found by trying."""
         alpha = self.table[0, :-1]  # without the entry for a clean latent
         return alpha if self.target == "v" else torch.ones_like(alpha)
 
@@ -469,14 +470,14 @@ class NoiseScheduler(nn.Module):
     def ddpm_step(self, z0, z_t, t, t_next, noise):
         """Draws z at t_next, which is Gaussian if z0 and z_t are known (DDPM Eq. 6 and 7). Its
         mean mixes the two and keeps less noise than t_next is to have. New noise makes up for
-        the rest. But z0 is not known. Many fit, and each would give another Gaussian. With
-        their mean alone the result varies too little, the more so the longer a step. All
-        samplers suffer from that, this one most, since it is missing from each of its draws. So
-        it needs many steps."""
+        the rest. But z0 is not known. Many fit, and each would give another Gaussian.
+        The network tells only their mean, so the result varies too little, the more so the
+        longer a step. All samplers suffer from that, but this one in each of its draws. So it
+        needs many steps."""
         # Two things are known of z, the one at t_next. From z0 we know that it is near
         # alpha[t_next] z0, with deviation sigma[t_next]. And z_t is sqrt(a) z plus noise of
-        # variance beta. Bayes' rule multiplies these two Gaussians, which gives a Gaussian with
-        # the weights and std below.
+        # variance beta. Bayes' rule multiplies these two Gaussians. In a product each mean is
+        # weighted by 1 / variance, and these add up. That gives the weights and std below.
         a = (self.alpha[t] / self.alpha[t_next]) ** 2  # what DDPM calls alpha_t, if t_next = t - 1
         beta = 1 - a  # here for the whole way from t_next to t
         z0_weight = self.alpha[t_next] * beta / self.sigma[t] ** 2
@@ -492,10 +493,9 @@ class NoiseScheduler(nn.Module):
     def dpm_step(self, z0, z_t, t, t_next, previous=None):
         """DPM-Solver++(2M), Algorithm 2. DDIM keeps one z0 for a whole step. If the network
         were asked again on the way, its z0 would drift. It does so about evenly in lambda =
-        log(alpha / sigma), in which equal steps multiply signal to noise by the same factor. So
-        this draws a line through the last two estimates, extends it over the step, and takes
-        its value half-way, which is its mean over the step. previous: (t, z0) of the step
-        before, as the network gave it."""
+        log(alpha / sigma), the log of signal over noise. So this draws a line through the last
+        two estimates, extends it over the step, and takes its value half-way, which is its mean
+        over the step. previous: (t, z0) of the step before, as the network gave it."""
         if previous is not None and t_next >= 0:  # at t = -1 lambda is infinite: plain DDIM
             steps = (previous[0], t, t_next)
             lam_before, lam, lam_next = (math.log(self.alpha[i] / self.sigma[i]) for i in steps)
@@ -509,12 +509,12 @@ class NoiseScheduler(nn.Module):
 # The UNet makes the prediction. On its way down the maps get smaller, so that more channels
 # cost little. On its way up, skips give back the detail that small maps cannot hold. It has to
 # know t, for at t = 999 it can only say how an average face is laid out, and at t = 10 it
-# polishes one. So t goes into every ResBlock. DDPM's UNet has one skip a layer and attention
-# at 16x16. Here it is one skip a block, and attention everywhere.
+# polishes one. So t goes into every ResBlock. DDPM's UNet has a skip for each layer, and
+# attention at 16x16. This one has a skip for each block, and attention on all maps.
 
 def sinusoids(t, dim):
     """Steps t (B,) -> (B, dim): sin(f_i t), then cos(f_i t), with f_i = 10000^(-2 i / dim), i =
-    0 .. dim / 2 - 1. Fast and slow waves tell steps apart, as the hands of a clock do times."""
+    0 .. dim / 2 - 1. Fast and slow waves tell steps apart, as clock hands tell the time."""
     freqs = 10000 ** (-torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None].float() * freqs                            # (B, dim / 2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -522,7 +522,7 @@ def sinusoids(t, dim):
 class UNet(nn.Module):
     """z_t (B, D, h, w), t (B,) -> prediction (B, D, h, w).
     Of its len(widths) - 1 down blocks the first `downs` halve h and w. build_ldm (section 10)
-    has them halved as long as they are even and at least 4 is left. What goes into a down block
+    goes on halving while both are even and at least 4 is left. What goes into a down block
     is also the skip for the up block beside it. Below is the celebhq default: widths 192 256
     384 512, downs 3, h = w = 32. The data go down on the left and then up on the right.
       down  192 -> 256, 32 -> 16      up  192 + skip 192 -> 192, 16 -> 32
@@ -546,7 +546,7 @@ class UNet(nn.Module):
             c_in, c_out, halve = widths[i], widths[i + 1], i < downs
             self.down_blocks.append(DownBlock(c_in, c_out, **args, down=halve))
             # Beside down block i, the up block gets widths[i] channels from below and as many
-            # by the skip. It makes widths[i - 1], as 384 + 384 -> 256 for i = 2, and the last
+            # from the skip. It makes widths[i - 1], as 384 + 384 -> 256 for i = 2, and the last
             # one, whose i is 0, makes widths[0].
             up = UpBlock(c_in, widths[max(i - 1, 0)], **args, up=halve, c_skip=c_in)
             self.up_blocks.insert(0, up)  # the way up begins with the innermost
@@ -569,11 +569,11 @@ class UNet(nn.Module):
 
 # ---- 7. Latent diffusion -----------------------------------------------------------------
 # Everything that new images need is kept here: an autoencoder, a scheduler, the mean and
-# deviation of the latents, and two running averages of the UNet in training, but not that UNet
-# itself. The late average is over the last training steps, and jitters less than the
-# weights. The early one was stopped after a fifth of the training. With the same data and the
-# same weaknesses it errs in the same directions, only further. So the difference, late minus
-# early, leads away from these errors, and late plus half of it is better still:
+# deviation of the latents, and two UNets. Their weights are running averages of those in
+# training. The late average is over the last steps, and jitters less than the weights do. The
+# early average was stopped after a fifth of the training. With the same data and the same
+# weaknesses it errs in the same directions, only further. So the difference of their answers,
+# late minus early, leads away from these errors, and late plus half of it is better still:
 # autoguidance (Karras et al. 2024, arXiv 2406.02507).
 
 class LatentDiffusion(nn.Module):
@@ -694,7 +694,7 @@ class RunConfig:
 
 @dataclass
 class TrainConfig(RunConfig):
-    save_every: int = flag(1000, "steps between saves; more of them if saving is slow")
+    save_every: int = flag(1000, "steps between saves; fewer saves if they are slow")
     flip: bool = flag(True, "also train on mirrored images", False, True, mnist=False)
     compile: bool = flag(True, "torch.compile on CUDA: slow to start, then faster", False, True,
                          toyfaces=False, mnist=False)
@@ -705,7 +705,7 @@ class TrainConfig(RunConfig):
 class AEConfig(TrainConfig):
     batch: int = flag(16, "images at once on the device", high=10 ** 5, toyfaces=8, mnist=128)
     steps: int = flag(6000, "optimiser steps in all", toyfaces=1200, mnist=1000)
-    lr: float = flag(5e-4, "highest learning rate", low=1e-9, toyfaces=3e-3, mnist=1e-3)
+    lr: float = flag(5e-4, "highest learning rate", low=1e-9, toyfaces=3e-3)
     ae: str = flag("vq", "autoencoder; vq: VQVAE, kl: VAE", "vq", "kl", group="model")
     size: int = flag(256, "side of the images in pixels", low=16, toyfaces=32, mnist=28)
     channels: int = flag(3, "image channels; 3: colour, 1: grey", 1, 3, mnist=1)
@@ -730,7 +730,7 @@ class AEConfig(TrainConfig):
 class LDMConfig(TrainConfig):
     batch: int = flag(128, "latents at once on the device", high=10 ** 5, toyfaces=64, mnist=512)
     steps: int = flag(10000, "optimiser steps in all", toyfaces=500, mnist=2000)
-    lr: float = flag(4e-4, "highest learning rate", low=1e-9, toyfaces=3e-3, mnist=2e-3)
+    lr: float = flag(4e-4, "highest learning rate", low=1e-9, toyfaces=3e-3, mnist=1e-3)
     widths: tuple = flag((192, 256, 384, 512), "UNet channels, outside to inside", group="model",
                          toyfaces=(48, 64, 96), mnist=(128, 128, 256))
     layers: int = flag(2, "ResBlocks per block", toyfaces=1)
@@ -812,12 +812,12 @@ def resolve(cls, given):
                     "give another folder")
 
         folders = (Path(cfg.out), *Path(cfg.out).parents)
-        folder = next((p for p in folders if p.exists()), folders[0])  # a drive may be gone
+        folder = next((p for p in folders if p.exists()), folders[0])  # its drive may be gone
         require(folder.is_dir() and os.access(folder, os.W_OK), f"--out {cfg.out}: {folder} is no "
                 "folder that you may write to; give another")
         right = len(cfg.widths) > 1 and not any(c % 4 for c in cfg.widths)
         require(right, f"--widths {' '.join(map(str, cfg.widths))}: give two or more multiples of "
-                "4, because attention divides them among 4 heads")
+                "4, because norms and attention divide them by 4")
     if cls is AEConfig:
         factor = 2 ** (len(cfg.widths) - 1)
         require(cfg.size % factor == 0, f"--size {cfg.size}: must be divisible by {factor}, "
@@ -835,38 +835,38 @@ def learning_rate(cfg, step):
 
 # Adam scales each number of a gradient for itself. But a weight is a matrix. It has c_out
 # rows, one for each output, and its columns hold everything else. Its gradient is a sum of
-# patterns, each of them a column times a row times a strength s (the SVD). A few are in
-# every batch, and so strong that they dominate the gradient. Adam sees single numbers and
-# no patterns, so the strong ones dominate its steps, too. Muon (MomentUm, Orthogonalised:
-# Jordan et al. 2024, kellerjordan.github.io/posts/muon) takes a step of the same length for
-# each pattern, so that rare ones are learnt, too. Before that, a running mean of the gradient
-# damps patterns that are mere chance. Stage 1 needs about half as many steps as with Adam.
+# patterns, each of them a column times a row times a strength s (the SVD). A few are so
+# strong that they dominate the gradient. Adam sees single numbers and no patterns, so the
+# strong ones dominate its steps, too. Muon (MomentUm, Orthogonalised: Jordan et al. 2024,
+# kellerjordan.github.io/posts/muon) takes a running mean of the gradient, in which patterns of
+# mere chance fade, and then a step of the same length for each pattern, so that weak ones are
+# learnt, too. Both stages need about half as many steps as with Adam.
 
 class Muon(torch.optim.Adam):
     """Muon for the weights of Conv2d and Linear. Adam updates all other parameters of the
-    network (biases, norms, a codebook), and the betas are Adam's. optimise sets lr."""
+    network (biases, norms, a codebook), with these betas. optimise sets lr."""
     def __init__(self, net, betas):
         super().__init__(net.parameters(), betas=betas, fused=True)
 
         # In fp16 (section 14) a gradient can become infinite, and then the step has to be left
-        # out. GradScaler (see optimise) sees to that, unless an optimiser says that it does so
-        # itself. A fused Adam, which updates all weights at once, says so. Muon cannot do it,
-        # so it takes that back here.
+        # out. GradScaler (see optimise) does that, unless an optimiser claims to do it itself.
+        # A fused Adam, which updates all weights at once, makes this claim. Muon cannot do it,
+        # so it takes the claim back here.
         self._step_supports_amp_scaling = False
         self.matrices = [layer.weight for layer in net.modules()
                          if isinstance(layer, (nn.Conv2d, nn.Linear))]
         for w in self.matrices:
-            # Adam does not update these (see the end of step), but it saves and loads what is
-            # put here under its own names: the mean of gradients, and a number of steps, which
-            # Muon does not need.
+            # Adam does not update these (see the end of step), but it saves and loads whatever
+            # has the names that it uses: exp_avg, the mean of gradients, and step, their
+            # number, which Muon does not need.
             self.state[w].update(exp_avg=torch.zeros_like(w), step=torch.zeros(()))
 
     @staticmethod
     def orthogonalise(G):
         """Makes all patterns of matrices G (n, rows, columns) about equally strong.
         G = U S V^T: column i of U times row i of V^T is pattern i, and the diagonal of S has
-        its strength s. We want U V^T, where each s is 1. If X = U S V^T, then X X^T X is
-        U S^3 V^T, and (X X^T)^2 X is U S^5 V^T. So products of X change s and nothing else.
+        its strength s. We want U V^T, where each s is 1. As U^T U = V^T V = 1, X = U S V^T
+        gives X X^T X = U S^3 V^T, and (X X^T)^2 X = U S^5 V^T: only s changes.
         Applied five times, s -> 3.4445 s - 4.775 s^3 + 2.0315 s^5 (Jordan's numbers) takes
         nearly every s to 0.7 .. 1.2. That is much faster than to compute U, S and V."""
         if G.shape[1] > G.shape[2]:  # transposed, so that X X^T is small
@@ -891,8 +891,8 @@ class Muon(torch.optim.Adam):
         for weights in groups.values():
             grads = [w.grad for w in weights]
             means = [self.state[w]["exp_avg"] for w in weights]
-            # a.lerp(b, r) is (1 - r) a + r b. So these are running means of the gradient. Ahead
-            # is what they would become if the same gradient came again (Nesterov's momentum).
+            # a.lerp(b, r) is (1 - r) a + r b. These are running means of the gradient, and
+            # `ahead` is what they would be if this gradient came again (Nesterov's momentum).
             torch._foreach_lerp_(means, grads, 0.05)
             ahead = torch._foreach_lerp(means, grads, 0.05)
 
@@ -913,7 +913,8 @@ class Muon(torch.optim.Adam):
         super().step()
 
 def optimise(scaler, optimiser, net, lr):
-    """Cuts the norm of all gradients to 1 at most, takes one step, and clears them."""
+    """Cuts the norm of all gradients to 1 at most, so that no batch has too much say, takes one
+    step, and clears them."""
     optimiser.param_groups[0]["lr"] = lr
     # In fp16 the loss was scaled up, lest small gradients become 0. This scales them back.
     scaler.unscale_(optimiser)
@@ -935,10 +936,10 @@ def update_ema(ema, model, step):
 # The recipe is VQGAN's (Esser et al. 2021, arXiv 2012.09841, section 3.1): reconstruction,
 # LPIPS, the latent's own losses, and a GAN that joins in late, because it can only add texture
 # to what is already in place. VQGAN sets the GAN's weight anew in each step, so that in the
-# last layer its gradient is as large as that of reconstruction and LPIPS. Here it rises over
-# 1000 steps, so that an untrained discriminator does no harm, and then falls with the learning
-# rate. Without that fall, coloured grain stays in the eyes of the faces. Run (section 13)
-# counts steps, logs, saves and resumes. to_float (section 12) makes batches, and psnr,
+# last layer the GAN's gradient is as large as that of reconstruction and LPIPS. Here the weight
+# rises over 1000 steps, so that an untrained discriminator does no harm, and then falls with
+# the learning rate. Without that fall, the eyes of celebhq keep a coloured grain. Run (section
+# 13) counts steps, logs, saves and resumes. to_float (section 12) makes batches, and psnr,
 # codebook_use and latent_picture (section 13) show what comes out. pick_device, autocast, place
 # and compile_networks (section 14) are for speed.
 
@@ -951,8 +952,8 @@ def build_autoencoder(cfg):
     return VQVAE(*sizes, cfg.codebook_size) if cfg.ae == "vq" else VAE(*sizes)
 
 def draw_images(images, cfg, device):
-    """A random batch (B, C, H, W) in [-1, 1]; with cfg.flip each is mirrored by chance. It is
-    drawn with replacement, so there are steps but no epochs."""
+    """A random batch (B, C, H, W) in [-1, 1]; with cfg.flip about half of it is mirrored. Each
+    batch is drawn anew from all images, so there are steps but no epochs."""
     x = images[torch.randint(len(images), (cfg.batch,))]
     if device.type == "cuda":  # pinned memory can be copied while Python goes on
         x = x.pin_memory().to(device, non_blocking=True)
@@ -989,7 +990,7 @@ def train_ae(cfg):
         lr = learning_rate(cfg, step)
         ramp = min(1, max(0, step - disc_start) / 1000)
         weights["gan"] = cfg.gan_weight * ramp * lr / cfg.lr
-        # At 1, 101 and so on, as it clears usage, which is logged at 100, 200 and so on.
+        # At 1, 101 and so on, since a restart clears usage, logged at 100, 200 and so on.
         if cfg.ae == "vq" and step % 100 == 1:
             with torch.no_grad(), autocast(device, dtype):
                 ae.quantizer.restart(ae.encode(draw_images(images, cfg, device)))
@@ -1004,8 +1005,8 @@ def train_ae(cfg):
                 if lpips:
                     losses["perceptual"] = lpips(x_rec, x).mean()
                 if weights["gan"] > 0:
-                    # Autograd decides now, as it builds the graph, what gets a gradient. x_rec
-                    # does, and the discriminator's weights do not, though at backward they
+                    # Autograd decides while it builds the graph, so now, what gets a gradient:
+                    # x_rec, but not the discriminator's weights, although at backward they
                     # require one again.
                     disc.requires_grad_(False)
                     losses["gan"] = generator_loss(cfg.gan, disc(x_rec))
@@ -1043,12 +1044,12 @@ def train_ae(cfg):
 
 
 # ---- 10. Stage 2 -------------------------------------------------------------------------
-# The autoencoder is frozen now, so the images are encoded once, before the first step. Then a
-# step is short: draw latents, noise and steps t, mix them, let the UNet predict, and take the
-# squared error (DDPM Eq. 14, for eps). For v a loss near 0.5 on photos is no failure: nobody
-# can tell exactly which part of z_t is image and which is noise. The loss hardly falls while
-# the samples get better, so look at the pictures. The held-out loss, on images that are never
-# trained on, rises if the UNet learns the others by heart.
+# The autoencoder is frozen now, so the images are encoded once, before the first step. Then the
+# loop is short: draw latents, noise and t, mix latents and noise, let the UNet predict, and
+# take the squared error (DDPM Eq. 14, for eps). An answer of 0 would have a loss of 1. For v,
+# 0.5 on photos is no failure: nobody can tell exactly what of z_t is image and what is noise.
+# The loss hardly falls while samples get better, so look at the pictures. The held-out loss, on
+# images that are never trained on, rises if the UNet learns the others by heart.
 
 def load_autoencoder(path, device):
     """The autoencoder of a checkpoint ae.pt, frozen, and its settings. Raises UserError."""
@@ -1156,7 +1157,7 @@ def train_ldm(cfg):
 # `sample` loads a run and draws from it. `eval` measures it on images that were held out. The
 # Frechet distance fits a Gaussian to features of real images and one to features of generated
 # images, and says how far these two are apart (Heusel et al. 2017, arXiv 1706.08500). It falls
-# when images get more realistic, and when they get as varied as real ones. Published figures
+# when images get more realistic, and when they get as varied as real ones. Published ones (FID)
 # use features of Inception, another classifier, and not of VGG16, so they cannot be compared
 # with the ones here.
 
