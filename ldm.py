@@ -22,9 +22,9 @@ Read it from top to bottom: first the models, then their training, then what tra
 
 Shapes: B batch, C image channels, H W image size, D latent channels (z_channels in code), h w
 latent size, K codebook size, N images, T diffusion steps. Inside a network, c is the number of
-channels, and H W or h w is the size of a map.
-Names: x image in [-1, 1], z latent, z_e and z_q before and after quantising, z0 normalised
-and clean, z_t with the noise of step t = 0 .. T-1, eps the noise; z_t = alpha z0 + sigma eps.
+channels, and H W or h w the size of any map.
+Names: x image in [-1, 1], z latent, z_e and z_q before and after quantising (section 2), z0
+normalised and clean, z_t with the noise of step t = 0 .. T-1 (section 5), eps the noise.
 """
 import argparse
 import contextlib
@@ -50,14 +50,14 @@ from torchvision.transforms import functional as TF
 
 
 # ---- 1. Blocks ---------------------------------------------------------------------------
-# A few blocks build encoder, decoder and UNet. They are those of DDPM (Ho et al. 2020, arXiv
-# 2006.11239, appendix B). Before training, a ResBlock or attention adds only a bias to its
-# shortcut, so that even a deep stack of them hands its input on almost unchanged.
+# A few blocks build encoder, decoder and UNet. They are close to those of DDPM (Ho et al. 2020,
+# arXiv 2006.11239, appendix B). Before training, a ResBlock or attention adds only a bias to
+# its shortcut. So even a deep stack starts as hardly more than its shortcuts, and trains well.
 
 def group_norm(c):
     # c is always a multiple of 4 here, and gcd(32, c // 4) groups divide it: 128 channels make
-    # 32 groups of 4, and 192 make 16 groups of 12. A group has at least 4 channels, because the
-    # norm takes its mean away. Alone, a channel would lose the shift by t that is added below.
+    # 32 groups of 4, and 192 make 16 groups of 12. The norm takes a group's mean away. In a
+    # group of one channel, that would undo ResBlock's shift by t, so a group has at least 4.
     return nn.GroupNorm(math.gcd(32, c // 4), c)
 
 class Attention(nn.Module):
@@ -134,8 +134,8 @@ class MidBlock(Stack):
 
 class UpBlock(nn.Module):
     """(B, c_in, h, w) -> (B, c_out, 2h, 2w), or with up=False (B, c_out, h, w). In a UNet
-    (section 6) there is also a skip, an earlier map of the output's size. Its c_skip channels
-    are put beside those of x after doubling, before the ResBlocks. No Stack could do that."""
+    (section 6) there is also a skip, an earlier map of the output's size. Once x is 2h x 2w,
+    the skip's c_skip channels join its own, before the ResBlocks. No Stack could do that."""
     def __init__(self, c_in, c_out, layers, t_dim=None, heads=0, up=True, c_skip=0):
         super().__init__()
         self.smooth = nn.Conv2d(c_in, c_in, 3, padding=1) if up else None
@@ -163,9 +163,9 @@ class UpBlock(nn.Module):
 # loss, the commitment, keeps z_e near them. Stage 2 makes z_e, and rounding it on the way to
 # the decoder repairs small errors.
 # VAE (Kingma & Welling 2013, arXiv 1312.6114) adds noise to the latent while it trains, so that
-# neighbours have to mean similar images. The encoder chooses how much. It could escape by tiny
-# noise or huge latents, but the KL loss, which is least for N(0, 1), punishes both. Its weight
-# is small: much noise blurs, and stage 2 can learn any spread of latents.
+# neighbours have to mean similar images. The encoder gives each latent value a mean and a
+# deviation, that of its noise. Tiny deviations or huge means would undo the noise, but the KL
+# loss, which is least for N(0, 1), punishes both. Its weight is small, as much noise blurs.
 
 def build_encoder(channels, widths, layers, c_out):
     """Image (B, C, H, W) -> (B, c_out, h, w). Each width after the first halves the sides. So
@@ -182,7 +182,7 @@ def build_encoder(channels, widths, layers, c_out):
         nn.Conv2d(c_out, c_out, 1))
 
 def build_decoder(channels, widths, layers, z_channels):
-    """Latent (B, D, h, w) -> image (B, C, H, W): the encoder, mirrored."""
+    """Latent (B, D, h, w) -> image (B, C, H, W): the encoder's steps backwards."""
     widths = widths[::-1]
     c = widths[0]
     return nn.Sequential(
@@ -191,7 +191,7 @@ def build_decoder(channels, widths, layers, z_channels):
         MidBlock(c, c, layers),
         # (B, 128, 64, 64), (B, 64, 128, 128), (B, 64, 256, 256)
         *[UpBlock(a, b, layers) for a, b in zip(widths, widths[1:])],
-        norm_silu_conv(widths[-1], channels))                      # may leave [-1, 1]
+        norm_silu_conv(widths[-1], channels))                      # not clamped to [-1, 1]
 
 class VectorQuantizer(nn.Module):
     """Replaces each latent vector by the nearest of K learnt vectors, the codebook. Codes that
@@ -237,7 +237,7 @@ class VectorQuantizer(nn.Module):
         self.usage.zero_()
 
 class VQVAE(nn.Module):
-    """Autoencoder with a quantiser in the middle. Call quantizer.restart at times."""
+    """Autoencoder with a quantiser in the middle. Call quantizer.restart as said above."""
     def __init__(self, channels, widths, layers, z_channels, codebook_size):
         super().__init__()
         self.encoder = build_encoder(channels, widths, layers, z_channels)
@@ -266,8 +266,8 @@ class VAE(nn.Module):
         self.encoder = build_encoder(channels, widths, layers, 2 * z_channels)
         self.decoder = build_decoder(channels, widths, layers, z_channels)
         # The second half of the encoder's output is logvar, the log of the variance. It starts
-        # near -6, a deviation of 0.05. A deviation of 1 would drown the image, and would need
-        # thousands of steps to become small.
+        # near -6, a deviation of 0.05. A bias of 0, so a deviation of 1, would drown the image
+        # for thousands of steps.
         nn.init.constant_(self.encoder[-1].bias[z_channels:], -6.0)
 
     def forward(self, x):
@@ -275,8 +275,8 @@ class VAE(nn.Module):
         Gaussian of z. It is -1/2 sum(1 + logvar - mean^2 - exp(logvar)) (VAE, appendix B),
         divided by the number of image values, because the pixel loss is divided by it, too."""
         mean, logvar = self.encoder(x).float().chunk(2, dim=1)     # each (B, D, h, w)
-        logvar = logvar.clamp(-30, 20)                             # exp stays finite
-        # Drawing z has no gradient, but mean + std * eps has one in both (VAE, Eq. 10).
+        logvar = logvar.clamp(-30, 20)                             # all stays finite
+        # Drawing has no gradient, but mean + std * eps has, in mean and std (VAE, Eq. 10).
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
         kl = -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum() / x.numel()
         return self.decoder(z).float(), {"kl": kl}
@@ -299,7 +299,7 @@ class VAE(nn.Module):
 
 class LPIPS(nn.Module):
     """Distance of two images as people see it, by the classifier VGG16: the same figure as from
-    the `lpips` package with net="vgg", v0.1. Nothing here is trained. weights: a file that says
+    the `lpips` package with net="vgg", v0.1. All of it is frozen. weights: a file that says
     for each of five layers how much each channel counts for people, the w^2 (1, c, 1, 1) of
     forward. vgg: a dict with the `features.*` weights of VGG16; None downloads torchvision's
     528 MB once. Raises FileNotFoundError if one of the two is missing, damaged or cannot be
@@ -332,7 +332,7 @@ class LPIPS(nn.Module):
         h = (x - self.shift) / self.scale  # by broadcasting, grey becomes three channels
         maps = []
         for part in self.slices:
-            h = part(h)  # c = 64, 128, 256, 512, 512; side H / 1, 2, 4, 8, 16
+            h = part(h)  # c = 64, 128, 256, 512, 512; sides H, H/2, H/4, H/8, H/16
             maps.append(h.float())  # their squares would overflow fp16
         return maps
 
@@ -387,26 +387,26 @@ def discriminator_loss(kind, real, fake):
 
 
 # ---- 5. Noise scheduler ------------------------------------------------------------------
-# Noise goes in by one formula: z_t = alpha z0 + sigma eps. As t rises, alpha falls and sigma
-# rises, from nearly clean (t = 0) to nearly pure noise (t = T-1). A network is shown z_t and t,
-# and predicts eps, or a mixture of eps and z0 called v. From either a guess of z0 follows.
-# Training with a squared error makes this guess the mean of all z0 that fit z_t. At t = T-1 all
-# images fit, and their mean is a blur. So a sampler mixes this guess again with noise, slightly
-# less than before, and asks again. This noise is the eps that follows from the answer, or
-# partly new. The less of it there is, the more of an image shows, so the fewer images fit, and
-# the sharper is their mean. At the end only one fits. Which one is a matter of chance: of the
-# noise at the start, and of all new noise.
+# Gaussian noise eps goes in by one formula: z_t = alpha z0 + sigma eps. As t rises, alpha falls
+# and sigma rises, from nearly clean (t = 0) to nearly pure noise (t = T-1). A network is shown
+# z_t and t, and predicts eps, or a mixture of eps and z0 called v. From either a guess of z0
+# follows. Training with a squared error makes this guess a mean of all z0, in which those that
+# fit z_t better count more. At t = T-1 all fit alike, and their mean is a blur. So a sampler
+# mixes this guess again with noise, slightly less than before, and asks again. This noise is
+# the eps that follows from the answer, or partly new. By chance the mixture fits some images a
+# little better, and the next guess leans towards them. As the noise falls, fewer and fewer fit,
+# and their mean gets sharper, until one is left. Which one is decided by the noise alone.
 # Papers: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2020, 2010.02502),
 # DPM-Solver++ (Lu et al. 2022, 2211.01095).
 
 class NoiseScheduler(nn.Module):
     """How much noise there is at each step, and how to go from one step to another.
     Steps t = 0 .. T-1 are the papers' 1 .. T. alpha and sigma have one entry more at the end,
-    1 and 0, for a clean latent. As Python calls the last entry [-1], that is step t = -1. Since
-    alpha^2 + sigma^2 = 1 and z0 has variance 1 (section 7), z_t has variance 1 at each step.
+    1 and 0, for a clean latent. We call it step t = -1, as Python's [-1] is the last entry.
+    Since alpha^2 + sigma^2 = 1 and z0 has variance 1 (section 7), z_t always has variance 1.
     target: what the network predicts, "eps" or "v" = alpha eps - sigma z0 (Salimans & Ho 2022,
-    arXiv 2202.00512). At t = T-1 z_t is almost eps, so predicting eps teaches nothing there. v
-    is almost -z0 at that end and almost eps at the other: never trivial."""
+    arXiv 2202.00512). At t = T-1 z_t is almost eps, so predicting eps teaches little there, and
+    z0 follows from it only by a division by alpha = 0.012. v is almost -z0 at that end."""
     def __init__(self, T=1000, target="v"):
         super().__init__()
         if target not in ("eps", "v"):
@@ -417,8 +417,8 @@ class NoiseScheduler(nn.Module):
         # In DDPM noise comes in step by step. Each step has a small number beta: it leaves
         # 1 - beta of the variance and adds beta. So of z0's variance a share abar is left, the
         # product of all 1 - beta so far. Our alpha is its root, while DDPM's alpha is 1 - beta.
-        # The betas are those of LDM for faces. They make alpha 0.999 at t = 0, 0.91 at 100,
-        # 0.34 at 500, and 0.012 at 999.
+        # As in LDM for faces, the roots of the betas rise evenly. They make alpha 0.999 at t =
+        # 0, 0.91 at 100, 0.34 at 500, and 0.012 at 999.
         beta = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, T, dtype=torch.float64) ** 2
         abar = torch.cumprod(1 - beta, dim=0).tolist() + [1.0]     # T + 1 numbers
         self.alpha = [math.sqrt(a) for a in abar]
@@ -440,8 +440,8 @@ class NoiseScheduler(nn.Module):
 
     def step_weights(self):
         """How often each step is drawn in training, (T,): evenly for eps, as in DDPM, but in
-        proportion to alpha for v. At hundreds of steps there is so much noise that v is mostly
-        guesswork. Drawn as often as the others, they would swamp the gradient. On average,
+        proportion to alpha for v. In hundreds of late steps there is so much noise that v is
+        mostly guesswork. Drawn as often as others, they would swamp the gradient. On average,
         drawing a step half as often does the same as halving its loss. That alpha is a good
         weight was found by trying."""
         alpha = self.table[0, :-1]  # without the entry for a clean latent
@@ -469,15 +469,15 @@ class NoiseScheduler(nn.Module):
 
     def ddpm_step(self, z0, z_t, t, t_next, noise):
         """Draws z at t_next, which is Gaussian if z0 and z_t are known (DDPM Eq. 6 and 7). Its
-        mean mixes the two and keeps less noise than t_next is to have. New noise makes up for
-        the rest. But z0 is not known. Many fit, and each would give another Gaussian.
+        mean mixes the two and has less noise than z is to have at t_next. New noise makes up
+        for the rest. But z0 is not known. Many fit, and each would give another Gaussian.
         The network tells only their mean, so the result varies too little, the more so the
-        longer a step. All samplers suffer from that, but this one in each of its draws. So it
-        needs many steps."""
+        longer a step. All samplers suffer from that, this one most. So it needs many steps."""
         # Two things are known of z, the one at t_next. From z0 we know that it is near
         # alpha[t_next] z0, with deviation sigma[t_next]. And z_t is sqrt(a) z plus noise of
-        # variance beta. Bayes' rule multiplies these two Gaussians. In a product each mean is
-        # weighted by 1 / variance, and these add up. That gives the weights and std below.
+        # variance beta. Bayes' rule multiplies these two Gaussians. So each mean is weighted by
+        # its 1 / variance, over the sum of both. With beta + a sigma[t_next]^2 = sigma[t]^2
+        # that gives the weights and std below.
         a = (self.alpha[t] / self.alpha[t_next]) ** 2  # what DDPM calls alpha_t, if t_next = t - 1
         beta = 1 - a  # here for the whole way from t_next to t
         z0_weight = self.alpha[t_next] * beta / self.sigma[t] ** 2
@@ -492,10 +492,10 @@ class NoiseScheduler(nn.Module):
 
     def dpm_step(self, z0, z_t, t, t_next, previous=None):
         """DPM-Solver++(2M), Algorithm 2. DDIM keeps one z0 for a whole step. If the network
-        were asked again on the way, its z0 would drift. It does so about evenly in lambda =
-        log(alpha / sigma), the log of signal over noise. So this draws a line through the last
-        two estimates, extends it over the step, and takes its value half-way, which is its mean
-        over the step. previous: (t, z0) of the step before, as the network gave it."""
+        were asked again on the way, its z0 would drift, about evenly in lambda = log(alpha /
+        sigma), the log of signal over noise. So this draws a line through the last two
+        estimates, extends it over the step, and takes its value half-way. previous: (t, z0) of
+        the step before, as the network gave it."""
         if previous is not None and t_next >= 0:  # at t = -1 lambda is infinite: plain DDIM
             steps = (previous[0], t, t_next)
             lam_before, lam, lam_next = (math.log(self.alpha[i] / self.sigma[i]) for i in steps)
@@ -522,14 +522,14 @@ def sinusoids(t, dim):
 class UNet(nn.Module):
     """z_t (B, D, h, w), t (B,) -> prediction (B, D, h, w).
     Of its len(widths) - 1 down blocks the first `downs` halve h and w. build_ldm (section 10)
-    goes on halving while both are even and at least 4 is left. What goes into a down block
-    is also the skip for the up block beside it. Below is the celebhq default: widths 192 256
-    384 512, downs 3, h = w = 32. The data go down on the left and then up on the right.
+    halves as often as both stay whole and at least 4. What goes into a down block is also the
+    skip for the up block beside it. Below is the celebhq default, channels and side: widths 192
+    256 384 512, downs 3, h = w = 32. The data go down on the left and then up on the right.
       down  192 -> 256, 32 -> 16      up  192 + skip 192 -> 192, 16 -> 32
             256 -> 384, 16 -> 8           256 + skip 256 -> 192,  8 -> 16
             384 -> 512,  8 -> 4           384 + skip 384 -> 256,  4 -> 8
                          mid  512 -> 384
-    The way up is narrower than the way down, which is cheaper and no worse."""
+    The way up is narrower than the way down, which is cheaper, and was no worse when tried."""
     def __init__(self, z_channels, widths, downs, layers):
         super().__init__()
         c = widths[0]
@@ -569,18 +569,18 @@ class UNet(nn.Module):
 
 # ---- 7. Latent diffusion -----------------------------------------------------------------
 # Everything that new images need is kept here: an autoencoder, a scheduler, the mean and
-# deviation of the latents, and two UNets. Their weights are running averages of those in
-# training. The late average is over the last steps, and jitters less than the weights do. The
-# early average was stopped after a fifth of the training. With the same data and the same
-# weaknesses it errs in the same directions, only further. So the difference of their answers,
+# deviation of the latents, and two UNets. Both are running averages of a third, the one that is
+# trained. The late average is mostly over the last steps, and jitters less than its weights do.
+# The early average was stopped after a fifth of the training. With the same data and the same
+# layers it mostly errs in the same directions, only further. So the difference of the answers,
 # late minus early, leads away from these errors, and late plus half of it is better still:
 # autoguidance (Karras et al. 2024, arXiv 2406.02507).
 
 class LatentDiffusion(nn.Module):
     """A diffusion model for the latents of a VQVAE or VAE, with z_shape = (D, h, w). Both
     averages, ema_unet (an exponential moving average) and early_unet, start as copies of unet.
-    Train another copy (section 10), and let update_ema (section 8) move both averages towards
-    it."""
+    Train another copy (section 10), and let update_ema (section 8) move both towards it, the
+    early one only at first."""
     def __init__(self, ae, unet, scheduler, z_shape):
         super().__init__()
         self.ae = ae
@@ -593,8 +593,8 @@ class LatentDiffusion(nn.Module):
 
     def measure(self, z):
         """Sets mean and std, per channel, from latents z (N, D, h, w). The schedule is made for
-        variance 1. Latents that vary more would still show through at t = T-1, and those that
-        vary less would drown early (LDM, appendix G)."""
+        variance 1. Latents that vary much more would still show through at t = T-1, and those
+        that vary less would drown early (LDM, appendix G)."""
         self.std, self.mean = torch.std_mean(z.float(), (0, 2, 3), keepdim=True)
         self.std.clamp_(min=1e-6)  # a channel may be constant
 
@@ -608,8 +608,8 @@ class LatentDiffusion(nn.Module):
 
     def denoise(self, z_t, t, autoguidance=1.5):
         """z_t (B, D, h, w) at step t (an int) -> estimates of z0 and eps, of the same shape.
-        With an autoguidance of 1, early_unet is not asked, and this takes half the time. Above
-        1 it leads away from what early_unet answers."""
+        With an autoguidance of 1, early_unet is not asked, and this takes half the time. 1.5
+        adds half of the difference between the two answers."""
         t_batch = torch.full((len(z_t),), t, device=z_t.device)
         pred = self.ema_unet(z_t, t_batch)
         if autoguidance != 1:
@@ -762,12 +762,12 @@ def require(condition, sentence):
         raise UserError(sentence)
 
 def check(setting, value):
-    """The value in plain Python types, as a checkpoint cannot hold others safely: a Path or a
-    NumPy number would make it unreadable. Raises UserError if it breaks the rule."""
+    """The value in plain Python types, the only ones that load_file reads, to be safe. Raises
+    UserError if it breaks the rule."""
     kind, rule = setting.type, setting.metadata
     if isinstance(value, (str, os.PathLike)):
         value = os.path.expanduser(value)  # ~/photos; this also makes a str of a Path
-    value = np.asarray(value).tolist()
+    value = np.asarray(value).tolist()  # NumPy's numbers, too, become plain ones
     if rule["choices"]:
         right = type(value) is kind and value in rule["choices"]
         advice = f"choose one of {', '.join(map(str, rule['choices']))}"
@@ -797,7 +797,7 @@ def resolve(cls, given):
 
     if cfg.data and not cfg.out:
         cfg.out = os.path.join("runs", os.path.basename(os.path.abspath(cfg.data)))
-    # Checkpoints keep these paths, and a later command may start in another folder.
+    # Later commands take these two from the checkpoint, and may start in another folder.
     cfg.data_root = cfg.data_root and os.path.abspath(cfg.data_root)
     if cfg.data not in (None, "toyfaces", "mnist", "celebhq"):
         cfg.data = os.path.abspath(cfg.data)
@@ -812,7 +812,7 @@ def resolve(cls, given):
                     "give another folder")
 
         folders = (Path(cfg.out), *Path(cfg.out).parents)
-        folder = next((p for p in folders if p.exists()), folders[0])  # its drive may be gone
+        folder = next((p for p in folders if p.exists()), folders[0])  # a drive can be missing
         require(folder.is_dir() and os.access(folder, os.W_OK), f"--out {cfg.out}: {folder} is no "
                 "folder that you may write to; give another")
         right = len(cfg.widths) > 1 and not any(c % 4 for c in cfg.widths)
@@ -827,20 +827,20 @@ def resolve(cls, given):
 # The rest of this section is for both stages, except update_ema, which only stage 2 uses.
 
 def learning_rate(cfg, step):
-    """Rises evenly over the first 500 steps, or 5 % if that is less, stays at cfg.lr, and falls
+    """Rises evenly over 500 steps, or 5 % of all if that is less, stays at cfg.lr, and falls
     evenly in the second half, almost to 0, so that the weights come to rest."""
     rise = step / min(500, 0.05 * cfg.steps)
     fall = (cfg.steps + 1 - step) / (0.5 * cfg.steps)
     return cfg.lr * min(1, rise, fall)
 
-# Adam scales each number of a gradient for itself. But a weight is a matrix. It has c_out
-# rows, one for each output, and its columns hold everything else. Its gradient is a sum of
-# patterns, each of them a column times a row times a strength s (the SVD). A few are so
-# strong that they dominate the gradient. Adam sees single numbers and no patterns, so the
-# strong ones dominate its steps, too. Muon (MomentUm, Orthogonalised: Jordan et al. 2024,
-# kellerjordan.github.io/posts/muon) takes a running mean of the gradient, in which patterns of
-# mere chance fade, and then a step of the same length for each pattern, so that weak ones are
-# learnt, too. Both stages need about half as many steps as with Adam.
+# Adam scales each number of a gradient on its own. But a weight is a matrix, with a row for
+# each output and a column for each input (in a 3x3 convolution nine for each channel). Its
+# gradient is a sum of patterns, each of them a column times a row times a strength s (SVD). A
+# few are so strong that they dominate the gradient. Adam sees single numbers and no patterns,
+# so the strong ones dominate its steps, too. Muon (MomentUm, Orthogonalised: Jordan et al.
+# 2024, kellerjordan.github.io/posts/muon) takes a running mean of the gradient, in which
+# patterns of mere chance fade, and then a step of the same length for each pattern, so that
+# weak ones are learnt, too. Both stages need about half as many steps as with Adam.
 
 class Muon(torch.optim.Adam):
     """Muon for the weights of Conv2d and Linear. Adam updates all other parameters of the
@@ -856,17 +856,17 @@ class Muon(torch.optim.Adam):
         self.matrices = [layer.weight for layer in net.modules()
                          if isinstance(layer, (nn.Conv2d, nn.Linear))]
         for w in self.matrices:
-            # Adam does not update these (see the end of step), but it saves and loads whatever
-            # has the names that it uses: exp_avg, the mean of gradients, and step, their
-            # number, which Muon does not need.
+            # Adam does not update these (see the end of step), but it saves and loads their
+            # state: exp_avg, the mean of gradients, and step, which Muon does not use, but
+            # which Adam looks for when it loads.
             self.state[w].update(exp_avg=torch.zeros_like(w), step=torch.zeros(()))
 
     @staticmethod
     def orthogonalise(G):
         """Makes all patterns of matrices G (n, rows, columns) about equally strong.
         G = U S V^T: column i of U times row i of V^T is pattern i, and the diagonal of S has
-        its strength s. We want U V^T, where each s is 1. As U^T U = V^T V = 1, X = U S V^T
-        gives X X^T X = U S^3 V^T, and (X X^T)^2 X = U S^5 V^T: only s changes.
+        its strength s. We want U V^T, where each s is 1. U^T U and V^T V are I. So if X =
+        U S V^T, then X X^T X = U S^3 V^T, and (X X^T)^2 X = U S^5 V^T: only s changes.
         Applied five times, s -> 3.4445 s - 4.775 s^3 + 2.0315 s^5 (Jordan's numbers) takes
         nearly every s to 0.7 .. 1.2. That is much faster than to compute U, S and V."""
         if G.shape[1] > G.shape[2]:  # transposed, so that X X^T is small
@@ -903,7 +903,7 @@ class Muon(torch.optim.Adam):
 
             # Say X is m x k with m <= k. It has m strengths s near 1, and m k numbers, whose
             # squares sum to the sum of s^2, about m. So a typical number is 1 / sqrt(k). We
-            # make it 0.4 lr, a typical step of Adam (cf. Liu et al. 2025, arXiv 2502.16982), so
+            # make it 0.4 lr, the usual size of Adam's steps (Liu et al. 2025, 2502.16982), so
             # that one lr suits both.
             size = 0.4 * self.param_groups[0]["lr"] * max(X.shape[1:]) ** 0.5
             steps = X.view(G.shape).movedim(-1, 2)                 # (n, c_out, c_in, 3, 3)
@@ -919,7 +919,7 @@ def optimise(scaler, optimiser, net, lr):
     # In fp16 the loss was scaled up, lest small gradients become 0. This scales them back.
     scaler.unscale_(optimiser)
     nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-    scaler.step(optimiser)  # skipped if one of them overflowed in fp16
+    scaler.step(optimiser)  # skipped if a gradient overflowed in fp16
     optimiser.zero_grad()
 
 @torch.no_grad()
@@ -939,7 +939,7 @@ def update_ema(ema, model, step):
 # last layer the GAN's gradient is as large as that of reconstruction and LPIPS. Here the weight
 # rises over 1000 steps, so that an untrained discriminator does no harm, and then falls with
 # the learning rate. Without that fall, the eyes of celebhq keep a coloured grain. Run (section
-# 13) counts steps, logs, saves and resumes. to_float (section 12) makes batches, and psnr,
+# 13) counts steps, logs, saves and resumes. to_float (section 12) takes bytes to [-1, 1]. psnr,
 # codebook_use and latent_picture (section 13) show what comes out. pick_device, autocast, place
 # and compile_networks (section 14) are for speed.
 
@@ -948,7 +948,7 @@ LPIPS_WEIGHTS = Path(__file__).resolve().with_name("lpips_weights.pth")
 def build_autoencoder(cfg):
     """The VQVAE or VAE of an AEConfig, with random weights."""
     sizes = (cfg.channels, cfg.widths, cfg.layers, cfg.z_channels)
-    require(cfg.ae in ("vq", "kl"), f"--ae {cfg.ae}: choose vq or kl")
+    require(cfg.ae in ("vq", "kl"), f"--ae {cfg.ae}: choose vq or kl")  # resolve may be skipped
     return VQVAE(*sizes, cfg.codebook_size) if cfg.ae == "vq" else VAE(*sizes)
 
 def draw_images(images, cfg, device):
@@ -978,19 +978,19 @@ def train_ae(cfg):
     ae = place(build_autoencoder(cfg), device)
     disc = place(PatchGAN(cfg.channels), device)
     opt = Muon(ae, betas=(0.5, 0.9))  # VQGAN's betas
-    opt_d = torch.optim.Adam(disc.parameters(), betas=(0.5, 0.9), fused=True)
+    opt_d = torch.optim.Adam(disc.parameters(), betas=(0.5, 0.9), fused=True)  # as in VQGAN
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     run = Run(cfg, "ae", dict(ae=ae, disc=disc, opt=opt, opt_d=opt_d, scaler=scaler))
     if cfg.gan_weight > 0:
         say(f"the GAN joins in after step {disc_start}")
-    compile_networks(cfg, device, *filter(None, (ae, lpips)))
+    compile_networks(cfg, device, *filter(None, (ae, lpips)))  # compiling disc gained nothing
 
     for step in run.steps():
         lr = learning_rate(cfg, step)
         ramp = min(1, max(0, step - disc_start) / 1000)
         weights["gan"] = cfg.gan_weight * ramp * lr / cfg.lr
-        # At 1, 101 and so on, since a restart clears usage, logged at 100, 200 and so on.
+        # At 1, 101 and so on: usage is logged at 100, 200 and so on, and a restart clears it.
         if cfg.ae == "vq" and step % 100 == 1:
             with torch.no_grad(), autocast(device, dtype):
                 ae.quantizer.restart(ae.encode(draw_images(images, cfg, device)))
@@ -1005,9 +1005,9 @@ def train_ae(cfg):
                 if lpips:
                     losses["perceptual"] = lpips(x_rec, x).mean()
                 if weights["gan"] > 0:
-                    # Autograd decides while it builds the graph, so now, what gets a gradient:
-                    # x_rec, but not the discriminator's weights, although at backward they
-                    # require one again.
+                    # Autograd notes in the forward pass what gets a gradient: here x_rec, but
+                    # not the discriminator's weights, although at backward they require one
+                    # again.
                     disc.requires_grad_(False)
                     losses["gan"] = generator_loss(cfg.gan, disc(x_rec))
                     disc.requires_grad_(True)
@@ -1046,8 +1046,8 @@ def train_ae(cfg):
 # ---- 10. Stage 2 -------------------------------------------------------------------------
 # The autoencoder is frozen now, so the images are encoded once, before the first step. Then the
 # loop is short: draw latents, noise and t, mix latents and noise, let the UNet predict, and
-# take the squared error (DDPM Eq. 14, for eps). An answer of 0 would have a loss of 1. For v,
-# 0.5 on photos is no failure: nobody can tell exactly what of z_t is image and what is noise.
+# take the squared error (DDPM Eq. 14, for eps). An answer of 0 has a loss of 1, the variance
+# of v or eps. For v, 0.5 on photos is no failure: nobody can tell exactly what is noise.
 # The loss hardly falls while samples get better, so look at the pictures. The held-out loss, on
 # images that are never trained on, rises if the UNet learns the others by heart.
 
@@ -1061,7 +1061,7 @@ def load_autoencoder(path, device):
 
 def load_same_images(cfg, ae_cfg):
     """The images that an autoencoder was trained on, and those held out. Raises UserError if
-    they changed, since some now held out might have been trained on."""
+    they changed, since images that it was trained on might now be held out."""
     data, root = cfg.data or ae_cfg.data, cfg.data_root or ae_cfg.data_root
     require(data not in ("toyfaces", "mnist") or data == ae_cfg.pictures, f"--data {data}: stage 1 "
             f"was trained on {ae_cfg.data}; give that")
@@ -1149,17 +1149,16 @@ def train_ldm(cfg):
         if run.due(100) or run.due(cfg.save_every):
             run.log({"held_loss": held_out_loss(ldm, z0_held_out, dtype)})
         if run.due(cfg.save_every):
-            run.save()  # before sampling, so that a stop need not wait for it
+            run.save()  # before sampling, so a second Ctrl-C loses nothing
             run.show(image_grid(ldm.sample(16, cfg.seed, dtype=dtype), 8))
 
 
 # ---- 11. Sampling and evaluation ---------------------------------------------------------
 # `sample` loads a run and draws from it. `eval` measures it on images that were held out. The
-# Frechet distance fits a Gaussian to features of real images and one to features of generated
-# images, and says how far these two are apart (Heusel et al. 2017, arXiv 1706.08500). It falls
-# when images get more realistic, and when they get as varied as real ones. Published ones (FID)
-# use features of Inception, another classifier, and not of VGG16, so they cannot be compared
-# with the ones here.
+# Frechet distance fits a Gaussian to features of real images, here VGG16's, and one to those of
+# generated images, and says how far these two are apart (Heusel et al. 2017, arXiv 1706.08500).
+# It falls when images get more realistic, and when they get as varied as real ones. Published
+# distances (FID) use Inception, another classifier, so they cannot be compared with these.
 
 def load_ldm(path, device="cpu"):
     """The LatentDiffusion of a checkpoint ldm.pt, frozen, on the device. Raises UserError."""
@@ -1185,7 +1184,7 @@ def sample(cfg):
     device, dtype = pick_device(cfg)
     folder = find_run(cfg, "ldm.pt")
     ldm = load_ldm(folder / "ldm.pt", device)
-    # A folder of photos may have moved since the training, so only its last name is compared.
+    # A folder of photos may have moved since the training, so only its own name is compared.
     same = cfg.data is None or Path(cfg.data).name == Path(ldm.ae_cfg.data).name
     require(same, f"--data {cfg.data}: {folder} was trained on {ldm.ae_cfg.data}; leave --data "
             "out, or name another run with --out")
@@ -1210,7 +1209,7 @@ def frechet_distance(a, b):
     mu and covariances S: |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))."""
     a, b = a.double(), b.double()  # large sums almost cancel, and float32 loses too many digits
     S_a, S_b = torch.cov(a.T), torch.cov(b.T)                      # (c, c)
-    # The trace of a root is the sum of the roots of the eigenvalues.
+    # The trace of a root is the sum of the roots of eigenvalues, >= 0 here but for rounding.
     trace_of_root = torch.linalg.eigvals(S_a @ S_b).real.clamp(min=0).sqrt().sum()
     return (a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * trace_of_root
 
@@ -1226,7 +1225,7 @@ def evaluate(cfg):
     lpips = place(LPIPS(LPIPS_WEIGHTS), device)
 
     def features(x):
-        """x (B, C, H, W) -> (B, 512): VGG16's relu5_3, averaged over the positions."""
+        """x (B, C, H, W) -> (B, 512): VGG16's last map, averaged over the positions."""
         return lpips.features(x.to(device))[-1].mean((2, 3)).cpu()
 
     rows = []
@@ -1254,9 +1253,9 @@ def evaluate(cfg):
 
 
 # ---- 12. Data ----------------------------------------------------------------------------
-# Every data set becomes one uint8 tensor (N, C, H, W) in memory. The last tenth, at most 1000
+# Every data set becomes one uint8 tensor (N, C, H, W) in memory. The last tenth, 2 to 1000
 # images, is held out, since a network is to be judged on what it has not seen. The pictures of
-# a folder are shuffled before, because neighbours may be alike.
+# a folder are shuffled first, because neighbours may be alike.
 
 SKIN = [(255, 224, 196), (240, 200, 160), (214, 160, 118), (160, 108, 72), (110, 72, 48)]
 HAIR = [(30, 26, 24), (104, 62, 32), (232, 196, 92), (190, 74, 36), (84, 92, 200)]
@@ -1272,8 +1271,8 @@ def draw_face(index, size):
     canvas = Image.new("RGB", (4 * size, 4 * size), back)
 
     def ellipse(colour, x, y, rx, ry, start=0, end=360):
-        """Half a side is 1, (0, 0) is the middle, y points down. A line from start to end (in
-        degrees) cuts the ellipse, and the part between them is filled."""
+        """Half a side is 1, (0, 0) is the middle, y points down. Filled is what a line between
+        the angles start and end cuts off (in degrees, clockwise)."""
         corners = (np.array([x - rx, y - ry, x + rx, y + ry]) + 1) * 2 * size
         ImageDraw.Draw(canvas).chord(corners.tolist(), start, end, colour)
 
@@ -1298,8 +1297,8 @@ def decode_image(path, size, channels):
     """Any picture that PIL reads -> uint8 (size, size, channels): the centre square, upright.
     Transparency becomes white, 16 bits become 8. Raises what PIL raises on a broken file."""
     with Image.open(path) as img:
-        img.draft(None, (2 * size, 2 * size))  # JPEG only: it shrinks while decoding
-        with contextlib.suppress(Exception):  # its tag may be damaged
+        img.draft(None, (2 * size, 2 * size))  # JPEG only: shrinks as it decodes
+        with contextlib.suppress(Exception):  # EXIF, its tag, may be damaged
             img = ImageOps.exif_transpose(img)  # cameras store the turn as a tag
         if img.mode.startswith("I"):  # 16 bits
             img = Image.fromarray((np.asarray(img).clip(0, 65535) / 257).round().astype(np.uint8))
@@ -1312,8 +1311,8 @@ def decode_image(path, size, channels):
 
 def load_folder(folder, size, channels):
     """The pictures of a folder and its subfolders, uint8 (N, channels, size, size), in an order
-    that is random but always the same. Says what it leaves out, but for hidden files and
-    folders, as thumbnails may be. Raises UserError."""
+    that is random but always the same. Says what it leaves out, except hidden files
+    and folders, often thumbnails. Raises UserError."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     files = [p for p in files if not any(name[0] == "." for name in p.relative_to(folder).parts)]
     known = Image.registered_extensions()
@@ -1331,8 +1330,8 @@ def load_folder(folder, size, channels):
         try:
             images[k] = decode_image(paths[k], size, channels)
         except Exception as error:  # PIL raises many
-            # An errno comes from the disk and not from the picture, so that leaving the picture
-            # out would be wrong. Next time it may be readable.
+            # An errno comes from the disk and not from the picture, so leaving the picture out
+            # would be wrong. Next time it may be readable.
             require(not getattr(error, "errno", None), f"{paths[k]} cannot be read now ({error}); "
                     "try again, or move it away")
             return f"left out, because PIL could not read it: {paths[k]} ({error})"
@@ -1380,12 +1379,12 @@ def to_float(images, device):
 
 
 # ---- 13. Runs ----------------------------------------------------------------------------
-# A run folder holds what a training writes: curves, pictures, and checkpoints with the log.
-# A stopped run goes on with the same command, and a file is either whole or not there at all.
+# A run folder holds what a training writes: curves, pictures, and checkpoints with the log. A
+# stopped run goes on with the same command, and a file under its own name is always whole.
 
-# These settings may differ when a command goes on with a run. A changed --steps moves the
-# learning rate, the start of the GAN and the end of the early UNet. A folder of data may have
-# moved, since what counts is the checksum of its pictures.
+# These settings may differ when a command goes on with a run. A changed --steps moves the fall
+# of the learning rate, the start of the GAN and the end of the early UNet. A folder of data may
+# have moved, since what counts is the checksum of its pictures.
 MAY_CHANGE = ["out", "data", "data_root", "steps", "amp", "compile", "save_every"]
 FORMAT = "ldm.py, format 9"  # counts up when the content of checkpoints changes
 
@@ -1418,7 +1417,7 @@ def new_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             yield file
-        for wait in (0, 0.5, 2, 5):  # Windows refuses while a scanner or a viewer has it open
+        for wait in (0, 0.5, 2, 5):  # Windows refuses while a virus scanner or viewer has it open
             time.sleep(wait)
             with contextlib.suppress(PermissionError):
                 os.replace(partial, path)
@@ -1466,15 +1465,15 @@ class Run:
         self.step = 0  # how many are done
         self.rows = []  # of the log, {name: value}
         self.losses = {}  # {name: values since the last row}
-        self.next_save = 0  # the time from which on the checkpoint is worth writing
+        self.next_save = 0  # the checkpoint is not worth writing before this time
 
         say(f"train-{stage}: {cfg}")
         if self.path.exists():
             self.resume(load_file(self.path, stage))
 
     def resume(self, ckpt):
-        # In this order the cause comes first: the size of the pictures before their checksum,
-        # which depends on it, and the autoencoder before its settings.
+        # The order of the settings puts the cause first: the size of the pictures before their
+        # checksum, which depends on it, and the autoencoder before its settings.
         for name, now in asdict(self.cfg).items():
             before = ckpt["config"][name]
             require(name in MAY_CHANGE or before == now, f"{self.path} was trained with different "
@@ -1530,7 +1529,7 @@ class Run:
     def add(self, losses):
         """Notes losses, without reading them: that would make Python wait for the GPU."""
         for name, value in losses.items():
-            # The next step of a compiled network overwrites its outputs, so this is a copy.
+            # The next step of a compiled network may overwrite its outputs, so this is a copy.
             self.losses.setdefault(name, []).append(value.detach().clone())
 
     def log(self, figures):
@@ -1556,7 +1555,7 @@ class Run:
     def save(self):
         """Writes the checkpoint. One that takes long is written less often, so that training
         gets twenty times as much time as saving. If it cannot be written, that is a warning,
-        since the next one may succeed. Only for the last one it raises UserError."""
+        since the next one may succeed. Only the last one raises UserError."""
         now = time.perf_counter()
         if not self.last and now < self.next_save:
             return
@@ -1604,15 +1603,15 @@ def to_picture(image):
     return TF.to_pil_image(((image.clamp(-1, 1) + 1) * 127.5).round().byte())
 
 def latent_picture(z, x):
-    """Latents z (N, D, h, w) as images of the shape of x, (N, C, H, W): its first C
-    channels as colours, or the first one as grey."""
+    """Latents z (N, D, h, w) as images of the shape of x, (N, C, H, W): their first C
+    channels as colours, or if D < C the first one as grey."""
     C = x.shape[1]
     z = z[:, :C] if z.shape[1] >= C else z[:, :1].expand(-1, C, -1, -1)
     z = (z - z.mean((0, 2, 3), keepdim=True)) / (3 * z.std((0, 2, 3), keepdim=True) + 1e-6)
     return F.interpolate(z, size=x.shape[2:])
 
 def denoising_strip(trace, ldm):
-    """Eight rows, from noise to image, of four samples: z_t, z_t decoded, the guess decoded."""
+    """Eight rows, from noise to image: of four samples z_t, z_t decoded, and z0 decoded."""
     rows = []
     for k in np.linspace(0, len(trace) - 1, 8).round().astype(int):
         z_t, z0 = trace[k]                                         # (4, D, h, w)
@@ -1622,7 +1621,7 @@ def denoising_strip(trace, ldm):
 
 def draw_curves(rows):
     """A panel for each figure of the log, over the steps: a PIL picture, 800 pixels wide."""
-    names = dict.fromkeys(["held_psnr", "held_loss", *rows[-1]])  # the most telling one first
+    names = dict.fromkeys(["held_psnr", "held_loss", *rows[-1]])  # the most telling first
     names = [name for name in names if name in rows[-1] and name != "step"]
     image = Image.new("RGB", (800, 120 * len(names)), "white")
     draw = ImageDraw.Draw(image)
@@ -1643,10 +1642,10 @@ def draw_curves(rows):
 
 
 # ---- 14. Device and speed ----------------------------------------------------------------
-# Nothing here changes what is computed, apart from rounding. Half precision in the matrix
-# products (autocast: 16 bits, with few digits as bf16 or a small range as fp16), the memory
-# layout that GPUs want, and torch.compile, which merges many small operations into few,
-# together make a step several times as fast.
+# Nothing here changes what is computed, apart from rounding. Three things together make a step
+# several times as fast: matrix products in 16 bits (autocast; bf16 has few digits, fp16 a small
+# range), the memory layout that GPUs want, and torch.compile, which merges many small
+# operations into few.
 
 def pick_device(cfg):
     """The device, a GPU if there is one, and the dtype of autocast (None is plain float32)."""
@@ -1682,12 +1681,12 @@ class OnePassGroupNorm(nn.GroupNorm):
 
 def compile_networks(cfg, device, *networks):
     """Compiles networks for CUDA, in place, so that names in checkpoints stay. Where compiling
-    does not work, it says so and goes on. That is so on Windows, where PyTorch comes without
-    Triton, which compiles for GPUs, and where there is no C compiler."""
+    does not work, it says so and goes on: on Windows, because PyTorch comes without Triton
+    there, which compiles for GPUs, and on any machine without a C compiler."""
     if not cfg.compile or device.type != "cuda":
         return
     try:
-        torch.compile(nn.SiLU())(torch.zeros(8, device=device))
+        torch.compile(nn.SiLU())(torch.zeros(8, device=device))  # a trial
     except Exception as error:  # of Dynamo, Inductor, Triton or the C compiler
         say("not compiled, so training is slower; the reason:", str(error).split("\n")[0])
         return
@@ -1760,8 +1759,8 @@ def main(argv=None):
     except (UserError, OSError) as error:
         message = error
     except (MemoryError, RuntimeError) as error:
-        # PyTorch raises a RuntimeError. The first words come from a GPU, the others from a CPU,
-        # on Linux and on Windows.
+        # PyTorch raises a RuntimeError. A GPU's has the first words, a CPU's the second on
+        # Linux and the third on Windows.
         words = ("out of memory", "can't allocate memory", "not enough memory")
         if not isinstance(error, MemoryError) and not any(w in str(error) for w in words):
             raise
