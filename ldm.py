@@ -707,11 +707,11 @@ class AEConfig(TrainConfig):
     steps: int = flag(6000, "optimiser steps in all", toyfaces=1200, mnist=1000)
     lr: float = flag(5e-4, "highest learning rate", low=1e-9, toyfaces=3e-3)
     ae: str = flag("vq", "autoencoder; vq: VQVAE, kl: VAE", "vq", "kl", group="model")
-    size: int = flag(256, "side of the images in pixels", low=16, toyfaces=32, mnist=28)
+    size: int = flag(256, "side of the images in pixels", low=16, high=4096, toyfaces=32, mnist=28)
     channels: int = flag(3, "image channels; 3: colour, 1: grey", 1, 3, mnist=1)
     widths: tuple = flag((64, 64, 128, 256), "channels at each size; sizes halve in between",
                          toyfaces=(16, 32, 32), mnist=(32, 64, 64))
-    layers: int = flag(2, "ResBlocks per block", toyfaces=1)
+    layers: int = flag(2, "ResBlocks per block", high=20, toyfaces=1)
     z_channels: int = flag(4, "latent channels", toyfaces=3, mnist=3)
     codebook_size: int = flag(16384, "vectors in the codebook (vq)", toyfaces=512, mnist=256)
     # Toy faces use l2. The best answer to l1 is the median colour, and where lips are thin the
@@ -733,7 +733,7 @@ class LDMConfig(TrainConfig):
     lr: float = flag(4e-4, "highest learning rate", low=1e-9, toyfaces=3e-3, mnist=1e-3)
     widths: tuple = flag((192, 256, 384, 512), "UNet channels, outside to inside", group="model",
                          toyfaces=(48, 64, 96), mnist=(128, 128, 256))
-    layers: int = flag(2, "ResBlocks per block", toyfaces=1)
+    layers: int = flag(2, "ResBlocks per block", high=20, toyfaces=1)
     target: str = flag("v", "what the UNet predicts", "eps", "v")
     # No flags: train_ldm notes here which autoencoder it found.
     autoencoder: str = ""
@@ -982,6 +982,9 @@ def train_ae(cfg):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     run = Run(cfg, "ae", dict(ae=ae, disc=disc, opt=opt, opt_d=opt_d, scaler=scaler))
+    if run.step < cfg.steps and Path(cfg.out, "ldm.pt").exists():
+        say(f"warning: {cfg.out}/ldm.pt holds the autoencoder of before, and sample and eval will "
+            "go on with that one. For the new one move ldm.pt away, and run train-ldm")
     if cfg.gan_weight > 0:
         say(f"the GAN joins in after step {disc_start}")
     compile_networks(cfg, device, *filter(None, (ae, lpips)))  # compiling disc gained nothing
@@ -1300,6 +1303,8 @@ def decode_image(path, size, channels):
         img.draft(None, (2 * size, 2 * size))  # JPEG only: shrinks as it decodes
         with contextlib.suppress(Exception):  # EXIF, its tag, may be damaged
             img = ImageOps.exif_transpose(img)  # cameras store the turn as a tag
+        if img.mode == "F":
+            raise ValueError("its values are floats; save it with 8 or 16 bits")
         if img.mode.startswith("I"):  # 16 bits
             img = Image.fromarray((np.asarray(img).clip(0, 65535) / 257).round().astype(np.uint8))
         if img.has_transparency_data:
@@ -1364,8 +1369,8 @@ def load_images(cfg):
         folder = root / "celebhq" if cfg.data == "celebhq" else Path(cfg.data)
         images = load_folder(folder, cfg.size, cfg.channels)
         require(len(images) > 2, f"--data {cfg.data}: {len(images)} pictures in {folder}, at least "
-                "3 are needed. Put photos there, or name their folder with --data. For CelebA-HQ "
-                "see \"Where to get it\" in the README")
+                "3 are needed. Put photos there, or give --data another folder, toyfaces or mnist. "
+                "For CelebA-HQ see \"Where to get it\" in the README")
         name = f"{len(images)} pictures, {fingerprint(images[::max(1, len(images) // 100)])}"
 
     require(images.shape[1] == cfg.channels, f"--channels {cfg.channels}: {cfg.data} has "
@@ -1442,9 +1447,9 @@ def load_file(path, kind, mmap=False):
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         return ckpt[f"{kind} of {FORMAT}"]
     except Exception as error:  # whatever disks, zip files and unpicklers raise
-        raise UserError(f"{os.path.abspath(path)} cannot be read. If it is not there, run "
-                        f"train-{kind}. If it is, it is damaged, or another version of ldm.py "
-                        "wrote it: move it away and train again") from error
+        raise UserError(f"{os.path.abspath(path)} cannot be read ({error!r:.60}). If it is not "
+                        f"there, run train-{kind}. If you may read it, it is damaged, or another "
+                        "version of ldm.py wrote it: move it away and train again") from error
 
 def load_model(path, kind, mmap=False):
     """load_file for a training that should be over; warns if it is not."""
@@ -1452,7 +1457,7 @@ def load_model(path, kind, mmap=False):
     steps = ckpt["config"]["steps"]
     if ckpt["step"] < steps:
         say(f"warning: {path} stopped at step {ckpt['step']} of {steps}. To finish it, "
-            f"run train-{kind} again")
+            f"run train-{kind} again with the same flags")
     return ckpt
 
 class Run:
@@ -1476,8 +1481,9 @@ class Run:
         # checksum, which depends on it, and the autoencoder before its settings.
         for name, now in asdict(self.cfg).items():
             before = ckpt["config"][name]
-            require(name in MAY_CHANGE or before == now, f"{self.path} was trained with different "
-                    f"{name} ({before!s:.40}); give that again, or move the file away")
+            require(name in MAY_CHANGE or before == now, f"{self.path} was trained on "
+                    f"{ckpt['config']['data']!s:.99} with different {name} ({before!s:.40}); give "
+                    "that again, or move the file away")
         for name, state in ckpt["parts"].items():
             if state:  # a scaler that is off has none
                 self.parts[name].load_state_dict(state)
@@ -1518,7 +1524,7 @@ class Run:
                 signal.signal(s, handler)
 
         # The caller saved it, since due is true in the last step.
-        say(f"step {self.step} of {self.cfg.steps} is saved: {self.path.absolute()}")
+        say(f"step {self.step} is saved (--steps {self.cfg.steps}): {self.path.absolute()}")
         if asked:  # also in the very last step, lest demo goes on with the next stage
             raise KeyboardInterrupt
 
@@ -1538,8 +1544,8 @@ class Run:
         means = {name: torch.stack(values).mean() for name, values in self.losses.items()}
         row = {name: float(value) for name, value in (means | figures).items()}
         require(all(map(math.isfinite, row.values())), f"step {self.step} is not saved, because a "
-                f"figure is not finite: {row}. Go on with --amp off, or move {self.path} away and "
-                "start anew with a lower --lr")
+                f"figure is not finite: {row}. If --amp is on, go on with --amp off. If not, start "
+                f"anew with a lower --lr, without {self.path}")
 
         # The GAN's losses may have joined in halfway. The others have one value a batch.
         batches = max(map(len, self.losses.values()))
@@ -1755,6 +1761,7 @@ def main(argv=None):
         function(resolve(cls, given))
         return 0
     except KeyboardInterrupt:
+        say("stopped")
         return 130
     except (UserError, OSError) as error:
         message = error
