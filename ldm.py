@@ -134,8 +134,8 @@ class MidBlock(Stack):
 
 class UpBlock(nn.Module):
     """(B, c_in, h, w) -> (B, c_out, 2h, 2w), or with up=False (B, c_out, h, w). In a UNet
-    (section 6) there is also a skip, an earlier map of the output's size. Once x is 2h x 2w,
-    the skip's c_skip channels join its own, before the ResBlocks. No Stack could do that."""
+    (section 6) there is also a skip, an earlier map of the output's size. Once x has that
+    size, the c_skip channels join those of x, before the ResBlocks. No Stack could do that."""
     def __init__(self, c_in, c_out, layers, t_dim=None, heads=0, up=True, c_skip=0):
         super().__init__()
         self.smooth = nn.Conv2d(c_in, c_in, 3, padding=1) if up else None
@@ -272,10 +272,10 @@ class VAE(nn.Module):
 
     def forward(self, x):
         """x (B, C, H, W) in [-1, 1] -> reconstruction, {"kl": KL(q || N(0, 1))}, where q is the
-        Gaussian of z. It is -1/2 sum(1 + logvar - mean^2 - exp(logvar)) (VAE, appendix B),
+        Gaussian of z: kl is -1/2 sum(1 + logvar - mean^2 - exp(logvar)) (VAE, appendix B),
         divided by the number of image values, because the pixel loss is divided by it, too."""
         mean, logvar = self.encoder(x).float().chunk(2, dim=1)     # each (B, D, h, w)
-        logvar = logvar.clamp(-30, 20)                             # all stays finite
+        logvar = logvar.clamp(-30, 20)                             # exp and logvar stay finite
         # Drawing has no gradient, but mean + std * eps has, in mean and std (VAE, Eq. 10).
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
         kl = -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum() / x.numel()
@@ -299,7 +299,7 @@ class VAE(nn.Module):
 
 class LPIPS(nn.Module):
     """Distance of two images as people see it, by the classifier VGG16: the same figure as from
-    the `lpips` package with net="vgg", v0.1. All of it is frozen. weights: a file that says
+    the `lpips` package with net="vgg", v0.1. Nothing is trained. weights: a file that says
     for each of five layers how much each channel counts for people, the w^2 (1, c, 1, 1) of
     forward. vgg: a dict with the `features.*` weights of VGG16; None downloads torchvision's
     528 MB once. Raises FileNotFoundError if one of the two is missing, damaged or cannot be
@@ -389,9 +389,9 @@ def discriminator_loss(kind, real, fake):
 # ---- 5. Noise scheduler ------------------------------------------------------------------
 # Gaussian noise eps goes in by one formula: z_t = alpha z0 + sigma eps. As t rises, alpha falls
 # and sigma rises, from nearly clean (t = 0) to nearly pure noise (t = T-1). A network is shown
-# z_t and t, and predicts eps, or a mixture of eps and z0 called v. From either a guess of z0
-# follows. Training with a squared error makes this guess a mean of all z0, in which those that
-# fit z_t better count more. At t = T-1 all fit alike, and their mean is a blur. So a sampler
+# z_t and t, and predicts eps, or a mixture of eps and z0 called v. Either gives a guess of
+# z0. Training with a squared error makes this guess a mean of all z0, in which those that fit
+# z_t better count more. At t = T-1 all fit alike, and their mean is a blur. So a sampler
 # mixes this guess again with noise, slightly less than before, and asks again. This noise is
 # the eps that follows from the answer, or partly new. By chance the mixture fits some images a
 # little better, and the next guess leans towards them. As the noise falls, fewer and fewer fit,
@@ -440,8 +440,8 @@ class NoiseScheduler(nn.Module):
 
     def step_weights(self):
         """How often each step is drawn in training, (T,): evenly for eps, as in DDPM, but in
-        proportion to alpha for v. In hundreds of late steps there is so much noise that v is
-        mostly guesswork. Drawn as often as others, they would swamp the gradient. On average,
+        proportion to alpha for v. In hundreds of steps there is so much noise that v is mostly
+        guesswork. Drawn as often as others, they would swamp the gradient. On average,
         drawing a step half as often does the same as halving its loss. That alpha is a good
         weight was found by trying."""
         alpha = self.table[0, :-1]  # without the entry for a clean latent
@@ -471,13 +471,13 @@ class NoiseScheduler(nn.Module):
         """Draws z at t_next, which is Gaussian if z0 and z_t are known (DDPM Eq. 6 and 7). Its
         mean mixes the two and has less noise than z is to have at t_next. New noise makes up
         for the rest. But z0 is not known. Many fit, and each would give another Gaussian.
-        The network tells only their mean, so the result varies too little, the more so the
+        The network tells only the mean z0, so the result varies too little, the more so the
         longer a step. All samplers suffer from that, this one most. So it needs many steps."""
-        # Two things are known of z, the one at t_next. From z0 we know that it is near
-        # alpha[t_next] z0, with deviation sigma[t_next]. And z_t is sqrt(a) z plus noise of
-        # variance beta. Bayes' rule multiplies these two Gaussians. So each mean is weighted by
-        # its 1 / variance, over the sum of both. With beta + a sigma[t_next]^2 = sigma[t]^2
-        # that gives the weights and std below.
+        # Two things are known of z, the one at t_next. From z0: it is near alpha[t_next] z0,
+        # with variance sigma[t_next]^2. From z_t = sqrt(a) z + noise of variance beta: it is
+        # near z_t / sqrt(a), with variance beta / a. By Bayes' rule its mean weights these two
+        # by 1 / variance, over the sum of both. With beta + a sigma[t_next]^2 = sigma[t]^2 that
+        # gives the weights and std below.
         a = (self.alpha[t] / self.alpha[t_next]) ** 2  # what DDPM calls alpha_t, if t_next = t - 1
         beta = 1 - a  # here for the whole way from t_next to t
         z0_weight = self.alpha[t_next] * beta / self.sigma[t] ** 2
@@ -522,14 +522,14 @@ def sinusoids(t, dim):
 class UNet(nn.Module):
     """z_t (B, D, h, w), t (B,) -> prediction (B, D, h, w).
     Of its len(widths) - 1 down blocks the first `downs` halve h and w. build_ldm (section 10)
-    halves as often as both stay whole and at least 4. What goes into a down block is also the
+    takes as many as keep both whole and at least 4. What goes into a down block is also the
     skip for the up block beside it. Below is the celebhq default, channels and side: widths 192
     256 384 512, downs 3, h = w = 32. The data go down on the left and then up on the right.
       down  192 -> 256, 32 -> 16      up  192 + skip 192 -> 192, 16 -> 32
             256 -> 384, 16 -> 8           256 + skip 256 -> 192,  8 -> 16
             384 -> 512,  8 -> 4           384 + skip 384 -> 256,  4 -> 8
                          mid  512 -> 384
-    The way up is narrower than the way down, which is cheaper, and was no worse when tried."""
+    The way up is narrower than the way down: that is cheaper, and was no worse when tried."""
     def __init__(self, z_channels, widths, downs, layers):
         super().__init__()
         c = widths[0]
@@ -570,7 +570,7 @@ class UNet(nn.Module):
 # ---- 7. Latent diffusion -----------------------------------------------------------------
 # Everything that new images need is kept here: an autoencoder, a scheduler, the mean and
 # deviation of the latents, and two UNets. Both are running averages of a third, the one that is
-# trained. The late average is mostly over the last steps, and jitters less than its weights do.
+# trained. The late average is mostly over the last steps, and jitters less than the third.
 # The early average was stopped after a fifth of the training. With the same data and the same
 # layers it mostly errs in the same directions, only further. So the difference of the answers,
 # late minus early, leads away from these errors, and late plus half of it is better still:
@@ -983,8 +983,8 @@ def train_ae(cfg):
 
     run = Run(cfg, "ae", dict(ae=ae, disc=disc, opt=opt, opt_d=opt_d, scaler=scaler))
     if run.step < cfg.steps and Path(cfg.out, "ldm.pt").exists():
-        say(f"warning: {cfg.out}/ldm.pt holds the autoencoder of before, and sample and eval will "
-            "go on with that one. For the new one move ldm.pt away, and run train-ldm")
+        say(f"warning: {cfg.out}/ldm.pt holds the old autoencoder, and sample and eval will go on "
+            "with that. For the new one move ldm.pt away, and run train-ldm")
     if cfg.gan_weight > 0:
         say(f"the GAN joins in after step {disc_start}")
     compile_networks(cfg, device, *filter(None, (ae, lpips)))  # compiling disc gained nothing
@@ -1161,7 +1161,7 @@ def train_ldm(cfg):
 # Frechet distance fits a Gaussian to features of real images, here VGG16's, and one to those of
 # generated images, and says how far these two are apart (Heusel et al. 2017, arXiv 1706.08500).
 # It falls when images get more realistic, and when they get as varied as real ones. Published
-# distances (FID) use Inception, another classifier, so they cannot be compared with these.
+# distances (FID) use Inception, another classifier, so they cannot be compared with ours.
 
 def load_ldm(path, device="cpu"):
     """The LatentDiffusion of a checkpoint ldm.pt, frozen, on the device. Raises UserError."""
@@ -1274,8 +1274,8 @@ def draw_face(index, size):
     canvas = Image.new("RGB", (4 * size, 4 * size), back)
 
     def ellipse(colour, x, y, rx, ry, start=0, end=360):
-        """Half a side is 1, (0, 0) is the middle, y points down. Filled is what a line between
-        the angles start and end cuts off (in degrees, clockwise)."""
+        """Half a side is 1, (0, 0) is the middle, y points down. Fills what a line from angle
+        start to angle end cuts off (in degrees, clockwise)."""
         corners = (np.array([x - rx, y - ry, x + rx, y + ry]) + 1) * 2 * size
         ImageDraw.Draw(canvas).chord(corners.tolist(), start, end, colour)
 
@@ -1301,7 +1301,7 @@ def decode_image(path, size, channels):
     Transparency becomes white, 16 bits become 8. Raises what PIL raises on a broken file."""
     with Image.open(path) as img:
         img.draft(None, (2 * size, 2 * size))  # JPEG only: shrinks as it decodes
-        with contextlib.suppress(Exception):  # EXIF, its tag, may be damaged
+        with contextlib.suppress(Exception):  # the EXIF tag may be damaged
             img = ImageOps.exif_transpose(img)  # cameras store the turn as a tag
         if img.mode == "F":
             raise ValueError("its values are floats; save it with 8 or 16 bits")
@@ -1368,7 +1368,7 @@ def load_images(cfg):
     else:
         folder = root / "celebhq" if cfg.data == "celebhq" else Path(cfg.data)
         images = load_folder(folder, cfg.size, cfg.channels)
-        require(len(images) > 2, f"--data {cfg.data}: {len(images)} pictures in {folder}, at least "
+        require(len(images) > 2, f"--data {cfg.data}: {len(images)} pictures in {folder}; at least "
                 "3 are needed. Put photos there, or give --data another folder, toyfaces or mnist. "
                 "For CelebA-HQ see \"Where to get it\" in the README")
         name = f"{len(images)} pictures, {fingerprint(images[::max(1, len(images) // 100)])}"
@@ -1448,7 +1448,7 @@ def load_file(path, kind, mmap=False):
         return ckpt[f"{kind} of {FORMAT}"]
     except Exception as error:  # whatever disks, zip files and unpicklers raise
         raise UserError(f"{os.path.abspath(path)} cannot be read ({error!r:.60}). If it is not "
-                        f"there, run train-{kind}. If you may read it, it is damaged, or another "
+                        f"there, run train-{kind}. If you have access, it is damaged, or another "
                         "version of ldm.py wrote it: move it away and train again") from error
 
 def load_model(path, kind, mmap=False):
@@ -1544,8 +1544,8 @@ class Run:
         means = {name: torch.stack(values).mean() for name, values in self.losses.items()}
         row = {name: float(value) for name, value in (means | figures).items()}
         require(all(map(math.isfinite, row.values())), f"step {self.step} is not saved, because a "
-                f"figure is not finite: {row}. If --amp is on, go on with --amp off. If not, start "
-                f"anew with a lower --lr, without {self.path}")
+                f"figure is not finite: {row}. If --amp is on, go on with --amp off. If not, move "
+                f"{self.path} away if it is there, and start anew with a lower --lr")
 
         # The GAN's losses may have joined in halfway. The others have one value a batch.
         batches = max(map(len, self.losses.values()))
@@ -1687,8 +1687,8 @@ class OnePassGroupNorm(nn.GroupNorm):
 
 def compile_networks(cfg, device, *networks):
     """Compiles networks for CUDA, in place, so that names in checkpoints stay. Where compiling
-    does not work, it says so and goes on: on Windows, because PyTorch comes without Triton
-    there, which compiles for GPUs, and on any machine without a C compiler."""
+    does not work, it says so and goes on: on Windows, where PyTorch comes without Triton,
+    which compiles for GPUs, and on any machine without a C compiler."""
     if not cfg.compile or device.type != "cuda":
         return
     try:
