@@ -1617,7 +1617,7 @@ def latent_picture(z, x):
     return F.interpolate(z, size=x.shape[2:])
 
 def denoising_strip(trace, ldm):
-    """Eight rows, from noise to image: of four samples z_t, z_t decoded, and z0 decoded."""
+    """Eight rows from noise to image. Each shows four samples: z_t, z_t decoded, z0 decoded."""
     rows = []
     for k in np.linspace(0, len(trace) - 1, 8).round().astype(int):
         z_t, z0 = trace[k]                                         # (4, D, h, w)

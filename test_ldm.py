@@ -866,7 +866,7 @@ def test_another_autoencoder_needs_another_unet(train, out, monkeypatch, capsys)
     for warned in (["ldm.pt holds", "ae.pt stopped at step 6 of 8"], ["ldm.pt holds"], []):
         with refused(match="ldm.pt was .*different autoencoder"):
             train("ldm", "out", steps=6)
-        assert re.findall("ng: out/(ldm.pt holds|.*(?=. To f))", capsys.readouterr().out) == warned
+        assert re.findall("warning: out/(.*?)(?: the|. To)", capsys.readouterr().out) == warned
         train("ae", "out", steps=8)
     with refused(match="different size"):  # and not: other pictures
         train("ae", "out", size=32)
@@ -1228,7 +1228,7 @@ def test_files_held_open_cost_no_training(train, out, monkeypatch, capsys, stage
     lost = suffix == ".pt" and times > 4  # a save that fails is tried again by the next one
     with refused(match=f"{stage}.pt cannot be") if lost else contextlib.nullcontext():
         train(stage, "out", steps=8, save_every=6)
-    assert ("cannot be written" in capsys.readouterr().out) == (times > 3)
+    assert bool(re.search("warning: out.*be written", capsys.readouterr().out)) == (times > 3)
     assert ((out / f"{stage}.pt").read_bytes() == before) == lost and not [*out.rglob("*.tmp")]
     assert (out / f"pictures/{stage}-000008.png").exists() == (times < 5)
 
