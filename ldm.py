@@ -165,7 +165,8 @@ class UpBlock(nn.Module):
 # VAE (Kingma & Welling 2013, arXiv 1312.6114) adds noise to the latent while it trains, so that
 # neighbours have to mean similar images. The encoder gives each latent value a mean and a
 # deviation, that of its noise. Tiny deviations or huge means would undo the noise, but the KL
-# loss, which is least for N(0, 1), punishes both. Its weight is small, as much noise blurs.
+# loss, which is least for N(0, 1), punishes both. Its weight decides how much noise is left:
+# much of it blurs. With hardly any, as from LDM's weight of 1e-6, errors are not repaired.
 
 def build_encoder(channels, widths, layers, c_out):
     """Image (B, C, H, W) -> (B, c_out, h, w). Each width after the first halves the sides. So
@@ -719,7 +720,8 @@ class AEConfig(TrainConfig):
     recon: str = flag("l1", "reconstruction loss", "l1", "l2", group="losses", toyfaces="l2")
     codebook_weight: float = flag(1.0, "weight of the codebook loss (vq)", low=0)
     commit_weight: float = flag(0.25, "weight of the commitment loss (vq)", low=0)
-    kl_weight: float = flag(1e-6, "weight of the KL term (kl)", low=0)
+    # With these weights a latent of the VAE holds about as many bits as one of the VQVAE.
+    kl_weight: float = flag(0.4, "weight of the KL term (kl)", low=0, toyfaces=0.03, mnist=0.03)
     perceptual_weight: float = flag(1.0, "weight of LPIPS; 0: off", low=0, toyfaces=0.0, mnist=0.0)
     gan_weight: float = flag(0.05, "highest weight of GAN; 0: off", low=0, toyfaces=0.0, mnist=0.0)
     gan: str = flag("hinge", "kind of GAN loss", "bce", "lsgan", "hinge")
