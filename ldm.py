@@ -166,7 +166,7 @@ class UpBlock(nn.Module):
 # neighbours have to mean similar images. The encoder gives each latent value a mean and a
 # deviation, that of its noise. Tiny deviations or huge means would undo the noise, but the KL
 # loss, which is least for N(0, 1), punishes both. Its weight decides how much noise is left:
-# much of it blurs. With hardly any, as from LDM's weight of 1e-6, errors are not repaired.
+# much of it blurs, and after hardly any (LDM's weight is 1e-6) the errors of stage 2 show.
 
 def build_encoder(channels, widths, layers, c_out):
     """Image (B, C, H, W) -> (B, c_out, h, w). Each width after the first halves the sides. So
